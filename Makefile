@@ -1,0 +1,42 @@
+# `make run` and `make test` are all a new machine needs; both create .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help run test test-all lint lab figures bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("golfbook needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	@touch $@
+
+run: $(VENV)/.ready  ## train, quantise, score and plot the quickstart study on a CPU
+	$(BIN)/golfbook run papermill_jobs/quickstart.yaml
+
+test: $(VENV)/.ready lint  ## lint, types and all tests but the long ones
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-all: $(VENV)/.ready lint  ## every test
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lab: $(VENV)/.ready  ## open the notebooks in JupyterLab (loopback, with a token)
+	$(BIN)/golfbook lab
+
+figures: $(VENV)/.ready  ## make the README's figures again from the quickstart study
+	$(BIN)/golfbook run papermill_jobs/quickstart.yaml
+	$(BIN)/golfbook collect quickstart
+
+bench: $(VENV)/.ready  ## run the benchmarks; each prints both sides
+	@for f in tests/benchmarks/bench_*.py; do echo "== $$f"; $(BIN)/python $$f || exit 1; done
+
+clean:  ## remove the environment and caches, not the runs
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

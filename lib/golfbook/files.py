@@ -1,0 +1,108 @@
+"""Files that are either there and whole, or not there: atomic writes, hashes, locks, and where things live.
+
+Every file the workbook writes for later reading goes through :func:`atomic_path`: a temporary file beside the target,
+flushed to the disk and renamed, so that a killed process or a full disk leaves the old file as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from golfbook.errors import RunError
+
+
+def project_root() -> Path:
+    """Folder that holds ``notebooks/``, ``runs/`` and ``figures/``.
+
+    ``GOLFBOOK_ROOT`` wins; else the first folder with both ``notebooks`` and ``papermill_jobs`` at or above the working
+    folder; else the checkout this package was installed from in editable mode; else the working folder.
+    """
+    if os.environ.get("GOLFBOOK_ROOT"):
+        return Path(os.environ["GOLFBOOK_ROOT"]).resolve()
+    here = Path.cwd().resolve()
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
+        if (folder / "notebooks").is_dir() and (folder / "papermill_jobs").is_dir():
+            return folder
+    return here
+
+
+def runs_root() -> Path:
+    """Folder of all run folders: ``GOLFBOOK_RUNS`` or ``<project>/runs``."""
+    return Path(os.environ.get("GOLFBOOK_RUNS") or project_root() / "runs").resolve()
+
+
+def cache_root() -> Path:
+    """Folder of prepared datasets and tokenizers: ``GOLFBOOK_CACHE`` or ``<project>/.cache``. Safe to delete."""
+    return Path(os.environ.get("GOLFBOOK_CACHE") or project_root() / ".cache").resolve()
+
+
+def resolve(path: str | Path) -> Path:
+    """Absolute form of a path from a config: relative ones are taken from the project root, not the working folder."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else project_root() / path
+
+
+@contextlib.contextmanager
+def atomic_path(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``target``; on success flush it to disk and rename it over ``target``.
+
+    Raises :class:`RunError` naming the file when it cannot be written (read-only folder, full disk); the previous
+    ``target`` is then untouched and the temporary file is removed.
+    """
+    target = Path(target)
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(target)
+        with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
+            descriptor = os.open(target.parent, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {target}: {error.strerror or error}; check free space and permissions of {target.parent}"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(target: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``target`` atomically; raises :class:`RunError` when the disk refuses."""
+    with atomic_path(target) as path:
+        path.write_bytes(data)
+
+
+def atomic_write_json(target: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON to ``target`` atomically."""
+    atomic_write_bytes(target, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def canonical_json(value: Any) -> str:
+    """Compact JSON with sorted keys: the text that hashes are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hexadecimal SHA-256 of ``data``."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

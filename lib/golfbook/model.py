@@ -1,0 +1,146 @@
+"""The one model definition: a GPT assembled from :class:`golfbook.config.ModelConfig`.
+
+Training, quantisation, scoring and adaptation all use this class, so they cannot drift apart. State-dict names are the
+published systems' export names (one matrix a tensor, PR 1166 section 13), in the published order.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from golfbook.config import ModelConfig
+from golfbook.layers import BigramHash, Block, SmearGate, ValueEmbedding, rms_norm
+from golfbook.refiners import FlowRefiner, TTTLinear
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer with U-Net skips, hashed bigrams and optional refiners (PR 1166 section 4).
+
+    Built with the values of :func:`initialise` still to be drawn; on the meta device this costs nothing.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        layers, dim = config.num_layers, config.model_dim
+        self.encoder_layers = layers // 2
+        skips = min(self.encoder_layers, layers - self.encoder_layers)
+        if config.unet_skips:
+            self.skip_weights = nn.Parameter(torch.ones(skips, dim))
+        self.tok_emb = nn.Embedding(config.vocab_size, dim)
+        if config.bigram.vocab_size:
+            self.bigram = BigramHash(config)
+        if config.smear:
+            self.smear = SmearGate(config)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(layers))
+        if config.value_embedding_layers:
+            self.ve_shared = ValueEmbedding(config)
+            self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in config.value_embedding_layers)
+        if config.ttt_linear.enabled:
+            self.ttt_refiner = TTTLinear(config)
+        if config.flow.enabled:
+            self.flow_refiner = FlowRefiner(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(dim, config.vocab_size, bias=False)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Map token ids (B, T) int64 to the refined final state (B, T, D) that the output head reads."""
+        config = self.config
+        x = self.tok_emb(tokens)
+        if config.bigram.vocab_size:
+            x = x + self.bigram(tokens)
+        x = rms_norm(x)
+        if config.smear:
+            x = self.smear(x)
+        x0 = x
+        embeddings = self._value_embeddings(tokens)
+        first: Tensor | None = None
+        stack: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            j = i - self.encoder_layers
+            if j >= 0 and stack:
+                x = x + self.skip_weights[j].to(x.dtype) * stack.pop()
+            x, values = block(x, x0, embeddings.get(i), first)
+            if config.value_residual and first is None:
+                first = values
+            if j < 0 and config.unet_skips:
+                stack.append(x)
+        for i in config.recurrent_layers:
+            x, _ = self.blocks[i](x, x0, embeddings.get(i), first if i else None)
+        x = rms_norm(x)
+        if config.ttt_linear.enabled:
+            x = x + self.ttt_refiner(x)
+        if config.flow.enabled:
+            x = x + self.flow_refiner(x)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map states (..., D) to soft-capped float32 logits (..., V): ``cap * tanh(z / cap)``."""
+        head = self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(F.linear(hidden, head.to(hidden.dtype)).float() / cap)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map token ids (B, T) to logits (B, T, V) in float32."""
+        return self.logits(self.hidden(tokens))
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T); float32 scalar."""
+        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+
+    def _value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
+        layers = self.config.value_embedding_layers
+        if not layers:
+            return {}
+        shared = self.ve_shared(tokens)
+        return {i: scale.to(shared.dtype) * shared for i, scale in zip(layers, self.ve_layer_scales, strict=True)}
+
+
+@torch.no_grad()
+def initialise(model: GPT, seed: int) -> GPT:
+    """Draw the published initial weights (PR 1166 section 12) from ``seed``; returns ``model``.
+
+    Matrices of linear maps are semi-orthogonal, output projections zero, token embeddings N(0, 0.005^2). The generator
+    is local, so the same seed gives the same weights whatever ran before. Below the published sizes this differs from
+    the published code in one place: it would leave the two ``proj`` of the hashed and value embeddings at zero, where
+    the zero table behind the first would never get a gradient.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    zero = {"attn.proj", "mlp.proj", "attn.attn_gate", "lm_head", "ttt_refiner.o_proj", "flow_refiner.velocity_net.2"}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            role = name.split(".", 2)[2] if name.startswith("blocks.") else name
+            if module.bias is not None:
+                module.bias.fill_(4.0 if role == "attn.attn_gate" else 0.0)
+            if role in zero:
+                module.weight.zero_()
+            elif role.startswith("flow_refiner.") and min(module.weight.shape) < 64:
+                # the published final sweep turns only matrices of at least 64 x 64 orthogonal
+                module.weight.normal_(0.0, config.flow.init_scale, generator=generator)
+            else:
+                nn.init.orthogonal_(module.weight, generator=generator)
+    model.tok_emb.weight.normal_(0.0, config.tied_embed_init_std, generator=generator)
+    if config.bigram.vocab_size:
+        model.bigram.embed.weight.zero_()
+    if config.value_embedding_layers:
+        model.ve_shared.embed.weight.normal_(0.0, 0.01, generator=generator)
+    if config.ttt_linear.enabled:
+        model.ttt_refiner.W1.normal_(0.0, 0.02, generator=generator)
+    return model
+
+
+def parameter_table(config: ModelConfig) -> dict[str, int]:
+    """Parameter counts by group, with their total; nothing is allocated."""
+    with torch.device("meta"):
+        model = GPT(config)
+    table: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        group = f"blocks.{parts[2]}" if parts[0] == "blocks" else parts[0]
+        if parts[0] == "blocks" and parts[2] not in ("attn", "mlp"):
+            group = "blocks.scales"
+        table[group] = table.get(group, 0) + parameter.numel()
+    return {**table, "total": sum(table.values())}

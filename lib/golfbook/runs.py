@@ -1,0 +1,299 @@
+"""The run folder: what one (variant, seed) leaves on disk, and how to tell whether a stage of it is done.
+
+``runs/<study>/<variant>-s<seed>-<hash>/`` holds ``config.json`` (resolved), ``env.json`` (versions, hardware, commit),
+``log.txt``, ``metrics.jsonl`` (append-only curves), ``checkpoint.safetensors``, ``artifact.golf``, ``notebooks/`` (as
+executed) and one ``result.<stage>.json`` a stage, written last. A stage is done if its result says ``ok`` and the files
+it read and wrote still have the hashes noted there; an executed notebook proves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from filelock import FileLock, Timeout
+
+from golfbook import __version__
+from golfbook.config import Config, load_config, validate
+from golfbook.errors import RunError
+from golfbook.files import atomic_write_json, project_root, runs_root, sha256_file
+
+STAGES = ("training", "quantization", "test_time_training")
+SCHEMA_VERSION = 1
+State = Literal["done", "failed", "stale", "missing"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. Make one with :func:`create_run`, or open an existing one with :func:`open_run`."""
+
+    path: Path
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """``<study>/<folder>``, for messages."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def study(self) -> str:
+        """Name of the study: the parent folder."""
+        return self.path.parent.name
+
+    @property
+    def variant(self) -> str:
+        """Name of the variant, the first part of the folder name."""
+        return self.path.name.rsplit("-", 2)[0]
+
+    @property
+    def log_path(self) -> Path:
+        """Everything the training processes print."""
+        return self.path / "log.txt"
+
+    @property
+    def metrics_path(self) -> Path:
+        """Append-only JSON lines: training and validation points."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Last whole checkpoint (safetensors)."""
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def artifact_path(self) -> Path:
+        """The quantised, compressed model."""
+        return self.path / "artifact.golf"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Copy of the SentencePiece model this run was made with."""
+        return self.path / "tokenizer.model"
+
+    @property
+    def notebooks_path(self) -> Path:
+        """Folder of executed notebooks."""
+        return self.path / "notebooks"
+
+    def result_path(self, stage: str) -> Path:
+        """File that says how a stage ended."""
+        if stage not in STAGES:
+            raise RunError(f"unknown stage '{stage}' (stages: {', '.join(STAGES)})")
+        return self.path / f"result.{stage}.json"
+
+    def write_result(self, stage: str, values: Mapping[str, Any], *, reads: Mapping[str, str], writes: Path) -> None:
+        """Record that a stage succeeded. ``reads`` maps names to SHA-256 sums; ``writes`` is the file it made."""
+        atomic_write_json(
+            self.result_path(stage),
+            {
+                "schema_version": SCHEMA_VERSION,
+                "stage": stage,
+                "status": "ok",
+                "preset": self.config.preset,
+                "variant": self.variant,
+                "seed": self.config.seed,
+                "config_hash": self.config.hash,
+                "reads": dict(reads),
+                "writes": {"file": writes.name, "sha256": sha256_file(writes), "bytes": writes.stat().st_size},
+                "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                **values,
+            },
+        )
+
+    def write_failure(self, stage: str, message: str) -> None:
+        """Record that a stage failed, so that status can say why; the next run tries it again."""
+        atomic_write_json(
+            self.result_path(stage),
+            {"schema_version": SCHEMA_VERSION, "stage": stage, "status": "failed", "message": message},
+        )
+
+    def read_result(self, stage: str) -> dict[str, Any] | None:
+        """Content of a stage's result file, or None where there is none or it is unreadable."""
+        try:
+            value = json.loads(self.result_path(stage).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    def state(self, stage: str) -> State:
+        """``done``, ``failed``, ``stale`` (something it read or wrote has changed since) or ``missing``."""
+        result = self.read_result(stage)
+        if result is None:
+            return "missing"
+        if result.get("status") != "ok":
+            return "failed"
+        written = self.path / result["writes"]["file"]
+        if not written.is_file() or _cached_sha256(written) != result["writes"]["sha256"]:
+            return "stale"
+        index = STAGES.index(stage)
+        if index:
+            before = self.read_result(STAGES[index - 1])
+            if self.state(STAGES[index - 1]) != "done" or before is None:
+                return "stale"
+            if result["reads"].get(before["writes"]["file"]) != before["writes"]["sha256"]:
+                return "stale"
+        return "done"
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage needs no more work."""
+        return self.state(stage) == "done"
+
+    def append_metrics(self, point: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``; one write, so a killed process tears only its end."""
+        try:
+            with self.metrics_path.open("ab") as stream:
+                stream.write((json.dumps(dict(point)) + "\n").encode())
+        except OSError as error:
+            raise RunError(f"cannot write {self.metrics_path}: {error.strerror}; check free space") from error
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All whole points of ``metrics.jsonl``; where a resumed run wrote a step again, the later point counts."""
+        points: dict[tuple[str, int], dict[str, Any]] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    point = json.loads(line)
+                    points[(point["kind"], point["step"])] = point
+        return sorted(points.values(), key=lambda p: (p["step"], p["kind"]))
+
+    @contextlib.contextmanager
+    def lock(self, name: str, timeout: float = -1) -> Iterator[None]:
+        """Hold the lock ``name`` of this folder; it vanishes with the process. Raises RunError after ``timeout`` s."""
+        try:
+            with FileLock(self.path / f".{name}.lock", timeout=timeout):
+                yield
+        except Timeout:
+            raise RunError(f"{self.name}: another process is busy with '{name}'") from None
+
+    def is_locked(self, name: str) -> bool:
+        """Whether some process holds the lock ``name``."""
+        try:
+            with self.lock(name, timeout=0):
+                return False
+        except RunError:
+            return True
+
+
+def run_folder(study: str, variant: str, config: Config) -> Path:
+    """Path of the folder a run lives in."""
+    for kind, name in (("study", study), ("variant", variant)):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
+            raise RunError(f"{kind} name '{name}' may hold letters, digits, '_', '.', '+' and '-' only")
+    return runs_root() / study / f"{variant}-s{config.seed}-{config.hash}"
+
+
+def create_run(study: str, variant: str, config: Config) -> Run:
+    """Open the run folder of a config, making it where needed. Raises RunError where the disk refuses."""
+    run = Run(run_folder(study, variant, config), config)
+    path = run.path / "config.json"
+    if not path.is_file():
+        atomic_write_json(run.path / "env.json", environment())
+        atomic_write_json(path, config.model_dump(mode="json"))
+    return run
+
+
+def open_run(path: str | Path) -> Run:
+    """Open an existing run folder. Raises RunError where it is none."""
+    path = Path(path).resolve()
+    try:
+        tree = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is not a run folder: config.json is missing or unreadable ({error})") from None
+    return Run(path, validate(tree))
+
+
+def notebook_run(
+    preset: str, seed: int, overrides: Mapping[str, Any] | None, study: str, variant: str, run_dir: str = ""
+) -> Run:
+    """The run a stage notebook works on: ``run_dir`` where a job gives one, else the folder of its parameters."""
+    if run_dir:
+        return open_run(run_dir)
+    return create_run(study, variant, load_config(preset, seed=seed, overrides=overrides))
+
+
+def list_runs(study: str) -> list[Run]:
+    """All runs of a study, by folder name; folders that are no runs are passed over."""
+    found = []
+    for folder in sorted((runs_root() / study).glob("*-s*-*")):
+        with contextlib.suppress(RunError):
+            found.append(open_run(folder))
+    return found
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """Versions, hardware and commit: what a result must be compared under."""
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(project_root()), *arguments], capture_output=True, text=True, timeout=20, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    packages = ("torch", "numpy", "scipy", "sentencepiece", "safetensors", "pydantic", "papermill", "pandas")
+    changes = git("status", "--porcelain")
+    return {
+        "golfbook": __version__,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+    }
+
+
+def exit_with_parent(cleanup: Callable[[], None] | None = None, interval: float = 0.5) -> None:
+    """End this process soon after its parent has died, so that ``kill -9`` of a launcher leaves no orphan at work."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(interval)
+        if cleanup is not None:
+            cleanup()
+        os._exit(3)
+
+    threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cached_sha256(path: Path) -> str:
+    status = path.stat()
+    return _sha256_of(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256_of(path: Path, mtime_ns: int, size: int) -> str:
+    return sha256_file(path)

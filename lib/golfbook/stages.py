@@ -1,0 +1,150 @@
+"""The three stages of a run as plain functions: what the stage notebooks and the tour call.
+
+Each one is skipped where its result is there and still fits, runs the stages before it where they are missing, and
+leaves ``result.<stage>.json`` last: ``ok``, or ``failed`` with the reason.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from golfbook import artifact, corpus, launcher, quantization, scoring
+from golfbook.checkpoints import load_model
+from golfbook.errors import ArtifactError, GolfbookError, RunError
+from golfbook.files import atomic_write_bytes, sha256_file
+from golfbook.model import GPT
+from golfbook.runs import STAGES, Run
+from golfbook.training import choose_device
+
+STAGE_NOTEBOOKS = {
+    "training": "03_training",
+    "quantization": "04_quantization",
+    "test_time_training": "05_test_time_training",
+}
+
+
+def run_training(run: Run, on_update: launcher.Update | None = None) -> dict[str, Any]:
+    """Train in a subprocess, following its metrics; see :func:`golfbook.launcher.follow`."""
+
+    def work() -> None:
+        corpus.prepare(run.config)  # here, so that its messages are seen and the trainer finds it ready
+        launcher.launch(run)
+        launcher.follow(run, on_update)
+
+    return _stage(run, "training", work)
+
+
+def run_quantization(run: Run) -> dict[str, Any]:
+    """Quantise the trained weights, write ``artifact.golf``, read it back and score what was read."""
+
+    def work() -> None:
+        config, data = run.config, corpus.prepare(run.config)
+        trained = load_model(run)
+        checkpoint_hash = sha256_file(run.checkpoint_path)
+        started = time.perf_counter()
+        quantized = quantization.quantize_state(trained.state_dict(), config.quantize)
+        artifact.write_artifact(
+            run.artifact_path, config.model, quantized, data.tokenizer.sha256, config.quantize, config.window
+        )
+        seconds = time.perf_counter() - started
+        atomic_write_bytes(run.tokenizer_path, data.tokenizer.path.read_bytes())
+        trained.load_state_dict(quantization.dequantize(quantized))
+        in_memory = _score(run, trained, data, config.window)
+        loaded = artifact.read_artifact(run.artifact_path)
+        reloaded = _score(run, loaded.build(), data, config.window)
+        if in_memory["val_loss"] != reloaded["val_loss"]:
+            raise ArtifactError(
+                f"{run.artifact_path}: the reloaded artifact scores {reloaded['val_loss']}, its weights in memory "
+                f"{in_memory['val_loss']} nats; the file does not hold what was quantised"
+            )
+        before = run.read_result("training") or {}
+        run.write_result(
+            "quantization",
+            {
+                "val_loss": reloaded["val_loss"],
+                "val_bpb": reloaded["val_bpb"],
+                "dequantized_val_loss": in_memory["val_loss"],
+                "float_val_bpb": before["val_bpb"],
+                "unigram_bpb": data.info["unigram_bpb"],
+                "quantize_seconds": seconds,
+                **artifact.size_report(loaded.bytes, config.budget.limit_bytes),
+            },
+            reads={run.checkpoint_path.name: checkpoint_hash},
+            writes=run.artifact_path,
+        )
+
+    return _stage(run, "quantization", work)
+
+
+def run_scoring(run: Run) -> dict[str, Any]:
+    """Score ``artifact.golf`` alone, in contiguous and in sliding windows; the sliding one is the headline."""
+
+    def work() -> None:
+        config, data = run.config, corpus.prepare(run.config)
+        loaded = artifact.read_artifact(run.artifact_path)
+        if loaded.tokenizer_sha256 != data.tokenizer.sha256:
+            raise ArtifactError(f"{run.artifact_path} was made with another tokenizer than this run's validation split")
+        model = loaded.build()
+        contiguous = _score(run, model, data, config.window)
+        started = time.perf_counter()
+        sliding = _score(run, model, data, config.score.stride)
+        run.write_result(
+            "test_time_training",
+            {
+                **sliding,
+                "contiguous_val_bpb": contiguous["val_bpb"],
+                "stride": config.score.stride,
+                "window": config.window,
+                "score_seconds": time.perf_counter() - started,
+                "artifact_bytes": loaded.bytes,
+                "unigram_bpb": data.info["unigram_bpb"],
+            },
+            reads={run.artifact_path.name: sha256_file(run.artifact_path)},
+            writes=run.artifact_path,
+        )
+
+    return _stage(run, "test_time_training", work)
+
+
+def ensure(run: Run, stage: str) -> dict[str, Any]:
+    """Run a stage and whatever it needs; returns its result."""
+    runners: dict[str, Callable[[Run], dict[str, Any]]] = {
+        "training": run_training,
+        "quantization": run_quantization,
+        "test_time_training": run_scoring,
+    }
+    if stage not in runners:
+        raise RunError(f"unknown stage '{stage}' (stages: {', '.join(STAGES)})")
+    return runners[stage](run)
+
+
+def _stage(run: Run, stage: str, work: Callable[[], None]) -> dict[str, Any]:
+    with run.lock(f"compute-{stage}"):
+        if not run.is_done(stage):
+            index = STAGES.index(stage)
+            if index:
+                ensure(run, STAGES[index - 1])
+            try:
+                work()
+            except GolfbookError as error:
+                run.write_failure(stage, str(error))
+                raise
+        result = run.read_result(stage)
+    if result is None or not run.is_done(stage):
+        raise RunError(f"{run.name}: stage '{stage}' left no result that fits its files")
+    return result
+
+
+def _score(run: Run, model: GPT, data: corpus.Dataset, stride: int) -> dict[str, Any]:
+    config = run.config
+    torch.set_num_threads(config.train.threads)
+    device = choose_device(config)
+    nll = scoring.score(
+        model.to(device), data.val_tokens, window=config.window, stride=stride,
+        batch_windows=config.score.batch_windows, device=device,
+    )  # fmt: skip
+    return scoring.summarize(nll, data.val_bytes)

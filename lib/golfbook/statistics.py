@@ -1,0 +1,120 @@
+"""Means, intervals and paired comparisons over seeds. Pure functions; intervals are Student's t.
+
+A spread cannot be known from one value: the standard deviation and the interval of a single seed are NaN, never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Summary:
+    """``n`` values, their mean, sample standard deviation (n-1) and the interval [low, high] of the mean."""
+
+    n: int
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference a - b over ``n`` (pairs, or the smaller group), its interval and two-sided p value."""
+
+    n: int
+    mean: float
+    std: float
+    low: float
+    high: float
+    p_value: float
+
+
+def describe(values: ArrayLike, confidence: float = 0.95) -> Summary:
+    """Summarise values, leaving out NaN; what cannot be computed from them is NaN."""
+    given = _finite(values)
+    n = len(given)
+    mean = float(given.mean()) if n else float("nan")
+    if n < 2:
+        return Summary(n, mean, float("nan"), float("nan"), float("nan"))
+    std = float(given.std(ddof=1))
+    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * std / n**0.5
+    return Summary(n, mean, std, mean - half, mean + half)
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Difference:
+    """Compare two conditions seed by seed: ``a[i]`` and ``b[i]`` share a seed. Pairs with a NaN are left out.
+
+    Raises ValueError when the lengths differ.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"paired values must be of equal number, got {first.size} and {second.size}")
+    summary = describe(first - second, confidence)
+    if summary.n < 2:
+        p_value = float("nan")
+    elif summary.std == 0:
+        p_value = 1.0 if summary.mean == 0 else 0.0
+    else:
+        p_value = float(2 * stats.t.sf(abs(summary.mean) / (summary.std / summary.n**0.5), summary.n - 1))
+    return Difference(summary.n, summary.mean, summary.std, summary.low, summary.high, p_value)
+
+
+def welch(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Difference:
+    """Compare two independent groups of unequal variance (Welch 1947). ``std`` is that of the difference of means."""
+    first, second = describe(a, confidence), describe(b, confidence)
+    n, mean = min(first.n, second.n), first.mean - second.mean
+    if n < 2:
+        return Difference(n, mean, float("nan"), float("nan"), float("nan"), float("nan"))
+    error = (first.std**2 / first.n + second.std**2 / second.n) ** 0.5
+    if error == 0:
+        return Difference(n, mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0)
+    test = stats.ttest_ind(_finite(a), _finite(b), equal_var=False)
+    low, high = test.confidence_interval(confidence)
+    return Difference(n, mean, float(error), float(low), float(high), float(test.pvalue))
+
+
+def summarize(frame: pd.DataFrame, value: str, by: str | Sequence[str], confidence: float = 0.95) -> pd.DataFrame:
+    """One row a group of ``by`` in order of appearance: the group, then n, mean, std, low and high of ``value``."""
+    import pandas as pd
+
+    keys = [by] if isinstance(by, str) else list(by)
+    rows = []
+    for group, part in frame.groupby(keys, sort=False, dropna=False):
+        names = group if isinstance(group, tuple) else (group,)
+        summary = describe(part[value], confidence)
+        rows.append({**dict(zip(keys, names, strict=True)), **summary.__dict__})
+    return pd.DataFrame(rows, columns=[*keys, "n", "mean", "std", "low", "high"])
+
+
+def paired_by_seed(frame: pd.DataFrame, value: str, a: str, b: str, confidence: float = 0.95) -> Difference:
+    """Compare variants ``a`` and ``b`` of a table of results over the seeds that both have."""
+    wide = frame.pivot_table(index="seed", columns="variant", values=value, aggfunc="mean")
+    for variant in (a, b):
+        if variant not in wide:
+            raise ValueError(f"no values of '{value}' for the variant '{variant}'")
+    both = wide[[a, b]].dropna()
+    return paired_difference(both[a], both[b], confidence)
+
+
+def spread_text(summary: Summary, digits: int = 4) -> str:
+    """``mean ± std`` for tables; the spread of a single value is shown as a dash."""
+    if summary.n == 0:
+        return "–"
+    std = f"{summary.std:.{digits}f}" if summary.n > 1 else "–"
+    return f"{summary.mean:.{digits}f} ± {std}"
+
+
+def _finite(values: ArrayLike) -> np.ndarray:
+    given = np.asarray(values, dtype=np.float64).ravel()
+    return given[~np.isnan(given)]

@@ -1,0 +1,295 @@
+"""SentencePiece tokenizers, and how many bytes of text each token stands for.
+
+Bits per byte divides by bytes of text, so a wrong byte table is a wrong score. :class:`ByteTable` holds the table of
+PR 1166 (section 3.4); nothing relies on it before :func:`audit_documents` has compared it with what the tokenizer
+really decodes, document by document.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from golfbook.errors import ByteAccountingError, DataError
+from golfbook.files import atomic_write_bytes, sha256_bytes
+
+SPACE = "\u2581"  # what SentencePiece writes for a space
+BATCH = 512  # documents encoded or decoded in one call
+TRAINING_CHARACTERS = (
+    20_000_000  # a tokenizer learns from this many characters at most: more changes no merge that matters
+)
+LINE_CHARACTERS = 4096  # longer lines are learnt from in pieces of this length: the trainer limits the length of a word
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """Bytes of each token (PR 1166 section 3.4). All arrays have the length of the vocabulary.
+
+    ``base`` int16: UTF-8 bytes without the leading space; ``leading_space`` bool: the piece begins with one;
+    ``boundary`` bool: a leading space right after this token is swallowed by the decoder (BOS and its like).
+    """
+
+    base: Array
+    leading_space: Array
+    boundary: Array
+
+
+class Tokenizer:
+    """A SentencePiece model with the byte table of its vocabulary. Open one with :meth:`load`."""
+
+    def __init__(self, model: bytes, path: Path) -> None:
+        """Use :meth:`load`; ``model`` is the content of the ``.model`` file ``path``."""
+        self.path = path
+        self.sha256 = sha256_bytes(model)
+        try:
+            if not model:
+                raise RuntimeError("the file is empty")
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"{path} is no SentencePiece model: {error}") from None
+        self.vocab_size = int(self._processor.vocab_size())
+        self.bos_id = int(self._processor.bos_id())
+        if not 0 < self.vocab_size <= 65536:
+            raise DataError(
+                f"{path}: {self.vocab_size} pieces; token shards hold 16-bit ids, so 1 to 65536 are possible"
+            )
+        if self.bos_id < 0:
+            raise DataError(f"{path} has no BOS piece, which must come before every document; train it with bos_id=1")
+        self.byte_table = self._build_table()
+        largest = int(self.byte_table.base.max()) + 1
+        self._count_dtype = np.dtype(np.uint8 if largest < 256 else np.int64)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Open a ``.model`` file. Raises :class:`DataError` when it is missing, damaged or unusable here."""
+        path = Path(path)
+        try:
+            model = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from None
+        return cls(model, path)
+
+    def piece(self, token: int) -> str:
+        """The piece of a token id as SentencePiece spells it: U+2581 for a space, ``<0x0A>`` for a byte."""
+        return str(self._processor.id_to_piece(int(token)))
+
+    def is_byte(self, token: int) -> bool:
+        """Whether a token is a byte-fallback piece."""
+        return bool(self._processor.is_byte(int(token)))
+
+    def encode(self, text: str) -> Array:
+        """Tokens of ``text``, uint16 (n,), without BOS. Raises :class:`DataError` for text that is no Unicode."""
+        return self.encode_batch([text])[0]
+
+    def encode_document(self, text: str) -> Array:
+        """BOS, then the tokens of ``text``: uint16 (n + 1,)."""
+        return np.concatenate([np.array([self.bos_id], np.uint16), self.encode(text)])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Array]:
+        """Tokens of each text, uint16, without BOS; much faster than one call a text."""
+        utf8 = [to_utf8(text) for text in texts]
+        return [np.array(ids, dtype=np.uint16) for ids in self._processor.encode(utf8, out_type=int)]
+
+    def decode(self, ids: Iterable[int] | Array) -> str:
+        """Text of tokens. Control pieces such as BOS vanish; bytes that are no UTF-8 become U+FFFD, one a byte."""
+        return self.decode_batch([ids])[0]
+
+    def decode_batch(self, batch: Sequence[Iterable[int] | Array]) -> list[str]:
+        """Text of each token sequence. Raises :class:`DataError` for an id outside the vocabulary."""
+        lists = [[int(i) for i in ids] if not isinstance(ids, np.ndarray) else ids.tolist() for ids in batch]
+        for ids in lists:
+            if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+                raise DataError(
+                    f"token id {max(ids)} is outside the vocabulary of {self.path} ({self.vocab_size} pieces)"
+                )
+        return [str(text) for text in self._processor.decode(lists)] if lists else []
+
+    def token_bytes(self, tokens: Array) -> Array:
+        """Bytes of the targets ``tokens[1:]`` given their predecessors ``tokens[:-1]``: (n,) for n + 1 tokens.
+
+        The leading space of a piece counts, except after a boundary token (PR 1166 section 3.5). dtype uint8, or int64
+        for vocabularies with pieces of 255 bytes and more. Raises :class:`DataError` for ids outside the vocabulary.
+        """
+        if tokens.size and int(tokens.max()) >= self.vocab_size:
+            raise DataError(
+                f"token id {int(tokens.max())} is outside the vocabulary of {self.path} ({self.vocab_size})"
+            )
+        table, previous, target = self.byte_table, tokens[:-1], tokens[1:]
+        count = table.base.astype(self._count_dtype)[target]
+        count += table.leading_space[target] & ~table.boundary[previous]
+        return count
+
+    def _build_table(self) -> ByteTable:
+        processor, n = self._processor, self.vocab_size
+        base, space = np.zeros(n, np.int16), np.zeros(n, bool)
+        boundary = np.ones(n, bool)
+        for i in range(n):
+            if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+                continue
+            boundary[i] = False
+            if processor.is_byte(i):
+                base[i] = 1
+                continue
+            piece = self.piece(i)
+            space[i] = piece.startswith(SPACE)
+            # every U+2581 decodes to one space, so a piece with inner ones is shorter than its own UTF-8
+            base[i] = len(piece[1:].replace(SPACE, " ").encode() if space[i] else piece.replace(SPACE, " ").encode())
+        first = np.flatnonzero(space)
+        # A model without dummy prefix and whitespace removal keeps the space a document begins with: no boundary then.
+        probe = next((int(i) for i in first if base[i] > 0), None)
+        if probe is not None and self.decode([self.bos_id, probe]).startswith(" "):
+            boundary[:] = False
+        return ByteTable(base, space, boundary)
+
+
+def to_utf8(text: str) -> bytes:
+    """UTF-8 of ``text``; raises :class:`DataError` where it holds lone surrogates, which have none."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text is no valid Unicode: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}; "
+            "repair it, for example with text.encode('utf-8', 'replace').decode()"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Result of encoding documents with every byte accounted for."""
+
+    tokens: Array  # uint16 (n,): BOS and tokens of each document, one after the other
+    lengths: Array  # int64 (documents,): tokens of each document, its BOS included
+    original_bytes: Array  # int64 (documents,): UTF-8 bytes of each document as it was given
+    decoded_bytes: Array  # int64 (documents,): UTF-8 bytes of each document as its tokens decode
+    changed_documents: int  # documents that do not decode to what they were (normalisation)
+
+
+def audit_documents(tokenizer: Tokenizer, documents: Sequence[str], split: str) -> Audit:
+    """Encode documents, each after BOS, and check that table bytes equal decoded bytes in every one of them.
+
+    Raises :class:`ByteAccountingError` naming ``split``, the document and the first token that does not fit.
+    """
+    parts: list[Array] = []
+    lengths = np.zeros(len(documents), np.int64)
+    original, decoded = np.zeros_like(lengths), np.zeros_like(lengths)
+    changed = 0
+    bos = np.array([tokenizer.bos_id], np.uint16)
+    for start in range(0, len(documents), BATCH):
+        texts = documents[start : start + BATCH]
+        encoded = [np.concatenate([bos, ids]) for ids in tokenizer.encode_batch(texts)]
+        back = check_documents(tokenizer, encoded, split, start)
+        for i, (text, ids, again) in enumerate(zip(texts, encoded, back, strict=True), start):
+            lengths[i], original[i], decoded[i] = ids.size, len(text.encode()), len(again.encode())
+            changed += text != again
+        parts += encoded
+    tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint16)
+    return Audit(tokens, lengths, original, decoded, changed)
+
+
+def check_documents(tokenizer: Tokenizer, encoded: Sequence[Array], split: str, start: int = 0) -> list[str]:
+    """Decode documents given as tokens from BOS on, and compare their bytes with the table's.
+
+    Returns the decoded texts. Raises :class:`ByteAccountingError`; ``start`` is the number of the first document.
+    """
+    texts = tokenizer.decode_batch(encoded)
+    for i, (ids, text) in enumerate(zip(encoded, texts, strict=True), start):
+        table, real = int(tokenizer.token_bytes(ids).sum(dtype=np.int64)), len(text.encode())
+        if table != real:
+            raise ByteAccountingError(
+                f"{split} document {i}: the byte table of {tokenizer.path} gives {table} bytes, its tokens decode to "
+                f"{real} bytes{_culprit(tokenizer, ids)}. Bits per byte would be wrong, so nothing is scored: use a "
+                "tokenizer with byte fallback, or leave data.tokenizer empty to train one"
+            )
+    return texts
+
+
+def _culprit(tokenizer: Tokenizer, ids: Array) -> str:
+    """Name the first token whose decoded length, between two ordinary pieces, is not the table's."""
+    table = tokenizer.byte_table
+    plain = [i for i in ids.tolist() if table.base[i] > 0 and not tokenizer.is_byte(i)]
+    if not plain:
+        return ""
+    anchor = plain[0]
+    alone = len(tokenizer.decode([anchor, anchor]).encode())
+    for position, token in enumerate(ids.tolist()):
+        if tokenizer.is_byte(token) or token == tokenizer.bos_id:
+            continue
+        added = len(tokenizer.decode([anchor, token, anchor]).encode()) - alone
+        expected = int(table.base[token]) + int(table.leading_space[token])
+        if added != expected:
+            return (
+                f"; token {position}, id {token} '{tokenizer.piece(token)}', has {added} bytes, in the table {expected}"
+            )
+    return ""
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, destination: str | Path) -> Path:
+    """Train a SentencePiece BPE model on ``documents`` and write it to ``destination``; the same input, the same file.
+
+    Byte fallback, no normalisation, no whitespace removal: every text decodes to itself (U+2581 apart, which
+    SentencePiece reads as a space). Line ends are byte pieces. pad, bos, eos, unk are 0, 1, 2, 3, as in the challenge.
+    Raises :class:`DataError` when the documents are too few for ``vocab_size``, or ``vocab_size`` too small.
+    """
+    model = io.BytesIO()
+    lines = _lines(documents)
+    first = next(lines, None)
+    if first is None:
+        raise DataError("there is no text to train a tokenizer on; check data.path")
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain([first], lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            num_threads=1,
+            input_sentence_size=0,
+            shuffle_input_sentence=False,
+            max_sentence_length=8 * LINE_CHARACTERS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if "too high" in str(error):
+            most = str(error).rpartition("<=")[2].strip(" .\n")
+            raise DataError(
+                f"the training documents are too small for a vocabulary of {vocab_size} pieces (at most {most}): give "
+                "more text, set model.vocab_size lower, or name an existing .model in data.tokenizer"
+            ) from None
+        if "smaller than required_chars" in str(error):
+            least = str(error).partition(" vs ")[2].split(".")[0]
+            raise DataError(
+                f"a vocabulary of {vocab_size} pieces has no room for 256 bytes, 4 control pieces and the characters "
+                f"of these documents: set model.vocab_size to {least} or more"
+            ) from None
+        raise DataError(f"SentencePiece could not train a tokenizer: {error}") from None
+    destination = Path(destination)
+    atomic_write_bytes(destination, model.getvalue())
+    return destination
+
+
+def _lines(documents: Iterable[str]) -> Iterator[str]:
+    left = TRAINING_CHARACTERS
+    for document in documents:
+        for line in document.splitlines():
+            for start in range(0, len(line), LINE_CHARACTERS):
+                yield line[start : start + LINE_CHARACTERS]
+        left -= len(document)
+        if left <= 0:
+            return

@@ -1,0 +1,74 @@
+"""environment.yml and constraints.txt cannot drift from pyproject.toml, the one list of Python packages."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+EXTRAS = PROJECT["optional-dependencies"]
+REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"] + EXTRAS["notebook"] + EXTRAS["test"]]
+NAMES = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
+
+
+def conda_packages() -> dict[str, str]:
+    """Name and version of each conda package."""
+    found = {}
+    for entry in ENVIRONMENT["dependencies"]:
+        if isinstance(entry, str):
+            name, _, version = entry.partition("=")
+            found[canonicalize_name(name)] = version
+    return found
+
+
+def test_conda_gives_python_and_pip_only() -> None:
+    assert ENVIRONMENT["name"] == PROJECT["name"]
+    assert ENVIRONMENT["channels"] == ["conda-forge", "nodefaults"]
+    assert set(conda_packages()) == {"python", "pip"}
+    assert not set(conda_packages()) & NAMES
+
+
+def test_python_is_pinned_to_a_minor_that_the_project_takes() -> None:
+    pin = conda_packages()["python"]
+    assert re.fullmatch(r"3\.\d+", pin)
+    assert Version(f"{pin}.99") in SpecifierSet(PROJECT["requires-python"])
+
+
+def test_pip_installs_the_project_last_and_nothing_else() -> None:
+    assert ENVIRONMENT["dependencies"][-1] == {"pip": ["-e .[all]"]}
+
+
+def test_the_extra_all_is_all_extras() -> None:
+    [line] = EXTRAS["all"]
+    assert Requirement(line).extras == set(EXTRAS) - {"all"}
+
+
+def constraints() -> dict[str, Version]:
+    """Pinned version of each package in constraints.txt."""
+    found = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        line = line.partition("#")[0].strip()
+        if line and not line.startswith("-"):
+            pin = re.fullmatch(r"([A-Za-z0-9._-]+)==([^\s;]+)(\s*;.*)?", line)
+            assert pin, f"constraints.txt: '{line}' is not an exact pin"
+            found[canonicalize_name(pin[1])] = Version(pin[2])
+    return found
+
+
+def test_torch_is_pinned_to_the_version_of_the_reference_values() -> None:
+    assert constraints()["torch"].base_version == "2.13.0"
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda r: r.name)
+def test_constraints_pin_each_package_within_its_range(requirement: Requirement) -> None:
+    assert constraints()[canonicalize_name(requirement.name)] in requirement.specifier

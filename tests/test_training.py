@@ -1,0 +1,238 @@
+"""Training as a process and in-process: repeatable, resumable after any kill, the same for any number of processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from golfbook import launcher, runs, stages, training
+from golfbook.checkpoints import load_model, read_progress
+from golfbook.config import load_config
+from golfbook.errors import CheckpointError, RunError
+from golfbook.files import atomic_write_bytes
+from golfbook.runs import Run
+from golfbook.shards import write_shard
+from safetensors.torch import load_file
+
+WORDS = "the model reads a token and learns to guess what comes next from what it has read before it".split()
+
+
+@pytest.fixture
+def corpus_file(golfbook_home: Path) -> Path:
+    """A text file of many short documents, made from a fixed seed."""
+    generator = np.random.default_rng(0)
+    lines = [" ".join(generator.choice(WORDS, size=60)) + f" number {i}." for i in range(120)]
+    path = golfbook_home / "documents.jsonl"
+    path.write_text("\n".join(f'{{"text": "{line}"}}' for line in lines), encoding="utf-8")
+    return path
+
+
+def make_run(corpus_file: Path, variant: str = "tiny", seed: int = 1, **overrides) -> Run:
+    settings = {
+        "data": {"source": "text", "path": str(corpus_file), "max_validation_tokens": 600},
+        "model": {
+            "vocab_size": 300, "num_layers": 3, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 8,
+            "xsa": 1, "bigram": {"vocab_size": 64, "dim": 8}, "value_embedding": {"dim": 8, "layers": [-1]},
+        },
+        "train": {
+            "steps": 12, "batch_tokens": 256, "sequence_length": 64, "warmdown_steps": 6, "validate_every": 6,
+            "checkpoint_every": 3, "log_every": 2, "muon_dtype": "float32", "ema_decay": 0.5, "device": "cpu",
+        },
+        "quantize": {"passthrough_numel": 256, "scale_floor": False},
+        "score": {"stride": 16},
+    }  # fmt: skip
+    return runs.create_run("test", variant, load_config(settings, seed=seed, overrides=overrides))
+
+
+def train_here(run: Run) -> dict:
+    """Train in this process, as the worker does."""
+    training._train(run, 0, 1)
+    return load_file(run.checkpoint_path)
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_stream_is_sequential_and_wraps(tmp_path):
+    tokens = np.arange(10, dtype=np.uint16), np.arange(10, 17, dtype=np.uint16)
+    paths = [tmp_path / "a_train_0.bin", tmp_path / "a_train_1.bin"]
+    for path, part in zip(paths, tokens, strict=True):
+        write_shard(path, part)
+    stream, expected = training.TokenStream(paths), np.tile(np.arange(17), 5)
+    taken = [stream.take(n) for n in (3, 9, 20, 1)]
+    assert np.array_equal(np.concatenate(taken), expected[:33])
+    assert np.array_equal(training.TokenStream(paths, stream.position).take(7), expected[33:40])
+
+
+def test_one_seed_gives_one_model_and_averaging_is_what_it_says(corpus_file, monkeypatch):
+    history: list[dict] = []
+    step = training.Trainer.train_step
+
+    def recorded(self):
+        if not history:
+            history.append({k: v.clone() for k, v in self.model.state_dict().items()})
+        loss = step(self)
+        history.append({k: v.clone() for k, v in self.model.state_dict().items()})
+        return loss
+
+    monkeypatch.setattr(training.Trainer, "train_step", recorded)
+    first = train_here(make_run(corpus_file, "first"))
+    average = history[0]
+    for weights in history[1:]:
+        average = {k: 0.5 * average[k] + 0.5 * weights[k] for k in average}
+    for name, value in average.items():
+        torch.testing.assert_close(first[f"average/{name}"], value)
+    assert same(first, train_here(make_run(corpus_file, "second")))
+    assert not same(first, train_here(make_run(corpus_file, "third", seed=2)))
+    run = make_run(corpus_file, "first")
+    assert torch.equal(load_model(run).tok_emb.weight, first["average/tok_emb.weight"])
+    assert torch.equal(load_model(run, "last").tok_emb.weight, first["model/tok_emb.weight"])
+    points = run.read_metrics()
+    assert [p["step"] for p in points if p["kind"] == "train"] == [2, 4, 6, 8, 10, 12]
+    assert [p["step"] for p in points if p["kind"] == "validation"] == [0, 6, 12]
+    assert points[-1]["val_bpb"] < points[0]["val_bpb"]
+
+
+def test_stopping_and_resuming_changes_no_bit(corpus_file, monkeypatch):
+    whole = train_here(make_run(corpus_file, "whole"))
+    run, step = make_run(corpus_file, "parts"), training.Trainer.train_step
+    for stop_at in (2, 7):
+
+        def stopping(self, stop_at=stop_at):
+            self.stop_requested = self.step + 1 == stop_at
+            return step(self)
+
+        monkeypatch.setattr(training.Trainer, "train_step", stopping)
+        with pytest.raises(training.StopRequested, match=f"step {stop_at}"):
+            train_here(run)
+        assert not run.is_done("training")
+        torch.manual_seed(stop_at)  # whatever else happened in between must not matter
+    monkeypatch.setattr(training.Trainer, "train_step", step)
+    assert same(train_here(run), whole)
+    assert run.is_done("training")
+
+
+def workers(run: Run) -> list[psutil.Process]:
+    return [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if "golfbook.training" in (p.info["cmdline"] or []) and str(run.path) in p.info["cmdline"]
+    ]
+
+
+@pytest.mark.parametrize("victim", ["worker", "launcher"])
+def test_killed_trainer_is_reported_and_resumes_to_the_same_weights(corpus_file, victim):
+    whole = train_here(make_run(corpus_file, "whole", **{"train.steps": 40}))
+    run = make_run(corpus_file, "killed", **{"train.steps": 40})
+    launcher.launch(run)
+    deadline = time.monotonic() + 60
+    while not run.checkpoint_path.exists():
+        assert time.monotonic() < deadline, launcher.log_tail(run)
+        time.sleep(0.01)
+    agent = psutil.Process(int(__import__("json").loads((run.path / "trainer.json").read_text())["pid"]))
+    targets = agent.children(recursive=True) if victim == "worker" else [agent]
+    for process in targets:
+        os.kill(process.pid, signal.SIGKILL)
+    if not run.is_done("training"):
+        with pytest.raises(RunError, match="run it again to resume"):
+            launcher.follow(run, poll=0.05)
+    assert not launcher.is_running(run)
+    launcher.launch(run)
+    updates: list[int] = []
+    result = launcher.follow(run, on_update=lambda points: updates.append(len(points)), poll=0.05)
+    assert result["steps"] == 40
+    assert updates
+    assert same(load_file(run.checkpoint_path), whole)
+    assert launcher.follow(run) == result  # re-attaching to a finished run reads its result
+    assert not workers(run)
+
+
+def test_two_processes_take_the_same_steps_as_one(corpus_file):
+    """Tolerance 1e-4: the mean over two halves of a batch rounds differently, and Muon carries that on."""
+    one = train_here(make_run(corpus_file, "one"))
+    run = make_run(corpus_file, "two", **{"train.processes": 2})
+    launcher.launch(run)
+    launcher.follow(run, poll=0.05)
+    two = load_file(run.checkpoint_path)
+    for name, value in one.items():
+        if name.startswith("model/"):
+            torch.testing.assert_close(two[name], value, atol=1e-4, rtol=0)
+    losses = [[p["loss"] for p in r.read_metrics() if p["kind"] == "train"] for r in (make_run(corpus_file, "one"), run)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(corpus_file):
+    run = make_run(corpus_file, "diverges", **{"train.embed_lr": 1e38, "train.grad_clip": 0, "train.checkpoint_every": 1})
+    assert training.main([str(run.path)]) == 2
+    result = run.read_result("training")
+    assert result["status"] == "failed"
+    assert "loss is nan" in result["message"] and "train.matrix_lr" in result["message"]
+    if run.checkpoint_path.exists():
+        assert np.isfinite(read_progress(run.checkpoint_path)["train_loss"])
+
+
+def test_full_disk_is_named_and_keeps_the_old_checkpoint(corpus_file, monkeypatch):
+    run = make_run(corpus_file, "full")
+    train_here(run)
+    before = run.checkpoint_path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"checkpoint.safetensors: No space left on device; check free space"):
+        atomic_write_bytes(run.checkpoint_path, b"new")
+    assert run.checkpoint_path.read_bytes() == before
+    assert not list(run.path.glob(".*.tmp"))
+
+
+def test_damaged_or_foreign_checkpoint_is_refused(corpus_file):
+    run = make_run(corpus_file, "damaged")
+    train_here(run)
+    good = run.checkpoint_path.read_bytes()
+    run.checkpoint_path.write_bytes(good[: len(good) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_model(run)
+    assert training.main([str(run.path)]) == 2
+    assert "delete it to train anew" in run.read_result("training")["message"]
+    other = make_run(corpus_file, "other", **{"train.matrix_lr": 0.01})
+    other.checkpoint_path.write_bytes(good)
+    with pytest.raises(CheckpointError, match="another config"):
+        train_here(other)
+    smaller = make_run(corpus_file, "smaller", **{"model.num_layers": 2})
+    smaller.checkpoint_path.write_bytes(good)
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        train_here(smaller)
+
+
+def test_stages_skip_what_is_done_and_redo_what_changed(corpus_file):
+    run = make_run(corpus_file, "stages")
+    headline = stages.run_scoring(run)  # runs the two stages before it
+    assert [run.state(s) for s in runs.STAGES] == ["done"] * 3
+    quantized = run.read_result("quantization")
+    assert quantized["val_loss"] == quantized["dequantized_val_loss"]
+    assert headline["val_bpb"] == pytest.approx(headline["contiguous_val_bpb"], abs=0.1)
+    assert headline["contiguous_val_bpb"] == pytest.approx(quantized["val_bpb"], abs=1e-6)
+    times = {s: run.result_path(s).stat().st_mtime_ns for s in runs.STAGES}
+    assert stages.run_scoring(run) == headline
+    assert times == {s: run.result_path(s).stat().st_mtime_ns for s in runs.STAGES}
+    run.artifact_path.write_bytes(run.artifact_path.read_bytes()[:-1])
+    assert run.state("training") == "done"
+    assert [run.state(s) for s in runs.STAGES[1:]] == ["stale", "stale"]
+    again = stages.run_scoring(run)
+    assert again["val_bpb"] == headline["val_bpb"]
+
+
+def test_wrong_number_of_processes_is_refused(corpus_file, capsys):
+    run = make_run(corpus_file, "count", **{"train.processes": 2})
+    assert training.main([str(run.path)]) == 2
+    assert "2, but 1 processes were started" in capsys.readouterr().err
+    assert training.main([]) == 2
