@@ -132,6 +132,7 @@ class Project:
 
     def __init__(self, root: Path) -> None:
         self.root, self.runs, self.job = root, root / "runs", root / "papermill_jobs" / "job.yaml"
+        self.output = ""
         for name in ("notebooks", "papermill_jobs", "figures"):
             (root / name).mkdir()
         notebook(root / "notebooks/03_training.ipynb", PARAMETERS, [OPEN, *TRAINING])

@@ -122,6 +122,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture
 def fake(published: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setattr(hub, "CHUNK", 4096)
+    monkeypatch.setattr(hub, "PAUSE", 0.0)
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -212,7 +213,7 @@ def test_connection_that_brings_nothing_ends_with_a_message_and_keeps_bytes(fake
 
 def test_refused_and_busy_hub(fake: FakeHub, tmp_path: Path) -> None:
     fake.faults["status"] = 403
-    with pytest.raises(DataError, match="refuses .*HTTP 403"):
+    with pytest.raises(DataError, match=r"refuses .*HTTP 403"):
         download_fineweb(tmp_path, 1, fake.endpoint)
     fake.faults["status"] = 503
     with pytest.raises(DataError, match="HTTP 503"):

@@ -14,7 +14,7 @@ import golfbook
 PACKAGE = Path(golfbook.__file__).parent
 # A module imports only from modules before it. A new module takes its place here.
 ORDER = """
-errors files config runs shards tokenizer documents pydocs fineweb corpus layers refiners model scoring checkpoints muon
+errors files config runs shards tokenizer documents pydocs hub corpus layers refiners model scoring checkpoints muon
 launcher training quantization artifact stages estimates plan results execution jobs statistics figures text_figures
 size_figures panels reports cli
 """.split()

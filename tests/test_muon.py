@@ -61,7 +61,7 @@ def test_pr1406_muon_vectors():
             parameter.grad = gradient.float()
         optimizer.step()
         torch.testing.assert_close(parameters[0][0].detach(), torch.tensor(expected), atol=5e-3, rtol=0)
-        assert sum(p.sum().item() for p in parameters) == pytest.approx(total, abs=0.02)
+        assert sum(p.sum().item() for p in parameters) == pytest.approx(total, abs=0.05)
 
 
 def slow_muon(weight, gradients, lr, momentum, decay):

@@ -30,7 +30,7 @@ def _patch(path: Path, word: int, value: int) -> None:
 def test_layout_is_the_published_one(shard: Path) -> None:
     raw = shard.read_bytes()
     assert len(raw) == 1024 + 200
-    assert raw[:12] == bytes.fromhex("88d83401" "01000000" "64000000")  # 20240520, 1, 100, little-endian
+    assert raw[:12] == bytes.fromhex("88d834010100000064000000")  # 20240520, 1, 100, little-endian
     assert raw[12:1024] == bytes(1012)
     assert raw[1024:1028] == b"\x01\x00\x02\x00"
 
@@ -75,7 +75,11 @@ def test_wrong_header(shard: Path, word: int, value: int, message: str) -> None:
 def test_short_missing_and_folder(tmp_path: Path) -> None:
     short = tmp_path / "short.bin"
     short.write_bytes(b"abc")
-    for path, message in ((short, "3 bytes are less"), (tmp_path / "none.bin", "No such file"), (tmp_path, "directory")):
+    for path, message in (
+        (short, "3 bytes are less"),
+        (tmp_path / "none.bin", "No such file"),
+        (tmp_path, "directory"),
+    ):
         with pytest.raises(DataError, match=message):
             read_shard(path)
 

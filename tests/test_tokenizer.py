@@ -19,8 +19,33 @@ HERE = Path(__file__).parent
 DOCUMENTS = [json.loads(line)["text"] for line in (HERE / "data/fineweb_docs_100.jsonl").read_text().splitlines()]
 ODD = [
     *("", " ", "  ", "\n", "\r\n", "\t", "\x00", "\ufffd", "\u2581", "\u2581a", " a", "a ", "a  b", "a\u2581\u2581b"),
-    *("😀", "👩‍👩‍👧", "é", "e\u0301", "ﬁ", "½", "\u3000x", "\xa0x", "\u200b", "\ufeffx", "\u2028", "\u2047", "<s>a</s>"),
-    *("<unk>", "<pad>", "<0x41>", "  two  spaces  ", "a\r\nb\r\n", "\n\n\n x", "中文 字", "a\ufffdb", "𝒳", "\U0010ffff"),
+    *(
+        "😀",
+        "👩‍👩‍👧",
+        "é",
+        "e\u0301",
+        "ﬁ",
+        "½",
+        "\u3000x",
+        "\xa0x",
+        "\u200b",
+        "\ufeffx",
+        "\u2028",
+        "\u2047",
+        "<s>a</s>",
+    ),
+    *(
+        "<unk>",
+        "<pad>",
+        "<0x41>",
+        "  two  spaces  ",
+        "a\r\nb\r\n",
+        "\n\n\n x",
+        "中文 字",
+        "a\ufffdb",
+        "𝒳",
+        "\U0010ffff",
+    ),
 ]
 texts = st.lists(
     st.one_of(st.sampled_from(ODD), st.text(st.characters(exclude_categories=["Cs"]), max_size=12)), max_size=8
@@ -184,7 +209,7 @@ def test_how_sentencepiece_decodes_fragments(published: Tokenizer) -> None:
 def test_fragments_in_a_stream_are_refused(published: Tokenizer) -> None:
     lone = published.encode("😀")[:2]
     stream = np.concatenate([np.array([1], np.uint16), published.encode("In"), lone])
-    with pytest.raises(ByteAccountingError, match="val document 7: the byte table .* gives 4 bytes, .* decode to 8"):
+    with pytest.raises(ByteAccountingError, match=r"val document 7: the byte table .* gives 4 bytes, .* decode to 8"):
         check_documents(published, [stream], "val", 7)
 
 

@@ -318,8 +318,8 @@ def _check_stream(tokens: Array, tokenizer: Tokenizer, name: str, most: int | No
         documents = [tokens[a:b] for a, b in itertools.pairwise(edges)]
         if any(SPACE in text for text in check_documents(tokenizer, documents, name, start)):
             raise ByteAccountingError(
-                f"{name}: {tokenizer.path} has no piece for a space and spells each one as three bytes, so that bits per "
-                "byte would come out too low; use another tokenizer, or the original text with data.source: text"
+                f"{name}: {tokenizer.path} has no piece for a space and spells each one as three bytes, so that bits "
+                "per byte would come out too low; use another tokenizer, or the original text with data.source: text"
             )
     return len(bounds) - 1
 

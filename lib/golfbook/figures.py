@@ -144,7 +144,8 @@ def training_curve(
     last = max([steps, 1, *(p["step"] for p in metrics)])
     x = [p["step"] for p in train]
     loss.plot(x, [p["loss"] for p in train], color=BLUE, label="training batch", marker="." if len(x) < 30 else None)
-    scale.fill_between(x, [p.get("lr_scale", 1.0) for p in train], color=ORANGE, alpha=0.5, linewidth=0)
+    scales = [p["lr_scale"] for p in train]
+    scale.fill_between([0, *x], [*scales[:1], *scales] or [0], color=ORANGE, alpha=0.5, linewidth=0)
     where = [p["step"] for p in validation]
     bpb = [p["val_bpb"] for p in validation]
     score.plot(where, bpb, color=GREEN, marker="o", label="validation text")
@@ -187,7 +188,8 @@ def schedule(lr_scale: ArrayLike, momentum: ArrayLike, ema_decay: float) -> Pict
         right.plot(steps, weight, color=GREEN)
         right.fill_between(steps, weight, color=GREEN, alpha=0.2, linewidth=0)
         start = ema_decay ** len(scale)
-        right.set_title(f"EMA {ema_decay:g}: {start:.1%} of the result\nis still the initial weights")
+        part = f"{start:.1%}" if start >= 0.0005 else "under 0.1%"
+        right.set_title(f"EMA {ema_decay:g}: {part} of the result\nis still the initial weights")
     else:
         right.set_title("EMA off: the last weights\nare the result")
     right.set(ylabel="weight in the average")
@@ -209,12 +211,12 @@ def schedule_of(train: TrainConfig) -> Picture:
 
 
 @styled
-def singular_values(before: ArrayLike, after: Sequence[ArrayLike], *, label: str = "gradient") -> Picture:
-    """Singular values of a matrix before orthogonalisation and after 1, 2, ... Newton-Schulz steps (largest first)."""
+def singular_values(before: ArrayLike, after: Sequence[ArrayLike], *, name: str = "") -> Picture:
+    """Singular values of a gradient and of its orthogonalisation after 1, 2, ... Newton-Schulz steps (largest first)."""
     first = np.asarray(before, float)
     figure, (left, right) = new(2, height=3.6)
     left.plot(
-        np.arange(1, len(first) + 1), np.maximum(first / first[0], 1e-6), color=GREY, label=f"{label}, scaled to 1"
+        np.arange(1, len(first) + 1), np.maximum(first / first[0], 1e-6), color=GREY, label="gradient"
     )
     colours = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.85, len(after)))
     for step, (values, colour) in enumerate(zip(after, colours, strict=True), start=1):
@@ -234,6 +236,8 @@ def singular_values(before: ArrayLike, after: Sequence[ArrayLike], *, label: str
         title=f"n = {len(final)}, median {np.median(final):.2f}",
     )
     right.legend()
+    if name:
+        figure.suptitle(f"Gradient of {name}", x=0.01, ha="left")
     return figure
 
 

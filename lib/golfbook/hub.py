@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import sys
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ TOKENIZER_FOLDER = "datasets/tokenizers"
 TOKENIZER_NAME = "fineweb_1024_bpe.model"
 ATTEMPTS = 6  # tries in a row that bring no new byte
 TIMEOUT = 60.0  # seconds without an answer
+PAUSE = 1.0  # seconds, doubled with each try in vain
 CHUNK = 1 << 20
 OFFLINE_HINT = "check the connection, or use data.source: shards with files you have, or data.source: pydocs"
 
@@ -218,6 +220,7 @@ def _transfer(url: str, part: Path, file: RemoteFile, progress: Any) -> bool:
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             reason = str(getattr(error, "reason", error))
         fruitless = 0 if done > before else fruitless + 1
+        time.sleep(PAUSE * min(2**fruitless - 1, 30))
         if fruitless >= ATTEMPTS:
             raise DataError(
                 f"no connection to the hub: {file.path} stopped at {done} of {file.size} bytes ({reason}); "

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from golfbook import figures, muon, quantization, scoring, size_figures, text_figures
+from golfbook import figures, quantization, scoring, size_figures, text_figures
 from golfbook.config import TrainConfig
 from golfbook.errors import GolfbookError
 from golfbook.figures import Picture
@@ -201,10 +201,7 @@ def schedule(train: TrainConfig) -> Panel:
                 "ema_decay": ema_decay,
             }
         )
-        steps = range(0, train.steps)
-        return figures.schedule(
-            [muon.lr_scale(k, changed) for k in steps], [muon.muon_momentum(k, changed) for k in steps], ema_decay
-        )
+        return figures.schedule_of(changed)
 
     step = max(1, train.steps // 20)
     decays = {f"{d:g}" if d else "off": d for d in sorted({0.0, 0.9, 0.98, 0.99, 0.997, train.ema_decay})}

@@ -327,5 +327,6 @@ def _assigned_names(path: Path, source: str) -> list[str]:
     names: list[str] = []
     for statement in body:
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        names += [target.id for target in targets if isinstance(target, ast.Name)]
+        parts = [part for t in targets for part in (t.elts if isinstance(t, ast.Tuple) else [t])]
+        names += [part.id for part in parts if isinstance(part, ast.Name)]
     return names

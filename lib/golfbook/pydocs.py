@@ -30,8 +30,9 @@ SKIPPED_FOLDERS = frozenset(
 )
 SHORTEST, LONGEST = 200, 20_000  # characters of a document
 LEAST_PROSE = 0.85  # share of letters and spaces
+LEAST_SHARE = 0.2  # of a file, in long strings: parsing the others takes half the time and yields an eighth of the text
 
-_LONG_STRING = re.compile(r"(\"\"\"|''')(?:(?!\1).){200}", re.DOTALL)
+_STRING = re.compile(r"(\"\"\"|''')(.*?)\1", re.DOTALL)
 _TABLE = re.compile(r"^\s*([-=+|]{3,}|[-=+]+([ |+]+[-=+]+)+|\|.*\|)\s*$")
 _UNDERLINE = re.compile(r"^\s*([-=~])\1*\s*$")
 
@@ -77,8 +78,10 @@ def documents_of(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError):
         return []
     topics = path.parent.name == "pydoc_data"
-    if not topics and not _LONG_STRING.search(source):
-        return []
+    if not topics:
+        lengths = (match.end(2) - match.start(2) for match in _STRING.finditer(source))
+        if sum(n for n in lengths if n >= SHORTEST) < max(LEAST_SHARE * len(source), 1):
+            return []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in the strings of others
@@ -99,7 +102,8 @@ def clean(docstring: str) -> str:
             continue
         kept.append("\n".join(lines).strip("\n"))
     # a heading whose section went with its examples says nothing
-    whole = [p for p, after in zip(kept, [*kept[1:], "="], strict=False) if not (_heading(p) and _heading(after))]
+    following = [*kept[1:], "\n="]
+    whole = [p for p, after in zip(kept, following, strict=False) if not (_is_heading(p) and _begins_section(after))]
     return "\n\n".join(p for p in whole if p.strip()).strip()
 
 
@@ -114,9 +118,13 @@ def is_prose(text: str) -> bool:
     return plain >= LEAST_PROSE * len(text) and text.count("  ") <= 0.05 * len(text)
 
 
-def _heading(paragraph: str) -> bool:
-    lines = paragraph.split("\n")
-    return len(lines) <= 2 and _UNDERLINE.match(lines[-1]) is not None
+def _begins_section(paragraph: str) -> bool:
+    lines = paragraph.split("\n", 2)
+    return len(lines) > 1 and _UNDERLINE.match(lines[1]) is not None
+
+
+def _is_heading(paragraph: str) -> bool:
+    return _begins_section(paragraph) and paragraph.count("\n") == 1
 
 
 def _sources(folders: Iterable[Path]) -> Iterator[Path]:

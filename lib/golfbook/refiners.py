@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golfbook.config import ModelConfig
-
-LN_EPS = 1e-6
+from golfbook.scan import LN_EPS, ttt_scan
 
 
 class TTTLinear(nn.Module):
@@ -48,29 +47,19 @@ class TTTLinear(nn.Module):
         if not used:
             return torch.zeros_like(x)
 
-        def split(linear: nn.Linear) -> Tensor:  # (mini-batches, B, heads, size, width)
+        def split(linear: nn.Linear) -> Tensor:  # (mini-batches, B * heads, size, width)
             y = linear(x[:, :used]).view(batch, used // size, size, self.heads, self.width)
-            return y.permute(1, 0, 3, 2, 4)
+            return y.permute(1, 0, 3, 2, 4).flatten(1, 2)
 
-        keys, values, queries = split(self.theta_K), split(self.theta_V), split(self.theta_Q)
-        gamma, delta = self.ttt_ln_w[:, None, :], self.ttt_ln_b[:, None, :]
-        causal = torch.ones(size, size, dtype=x.dtype, device=x.device).tril()
-        attention = (queries @ keys.transpose(-1, -2)) * causal
-        weight, bias = self.W1.expand(batch, -1, -1, -1), self.b1.expand(batch, -1, -1, -1)
-        outputs = []
-        for k, v, q, scores in zip(keys, values, queries, attention, strict=True):
-            z = k @ weight + bias
-            variance, mean = torch.var_mean(z, dim=-1, correction=0, keepdim=True)
-            spread = torch.sqrt(variance + LN_EPS)
-            normed = (z - mean) / spread
-            p = gamma * (gamma * normed + delta - (v - k))
-            gradient = (p - p.mean(-1, keepdim=True) - normed * (p * normed).mean(-1, keepdim=True)) / spread
-            refined = q @ weight - self.eta * (scores @ gradient) + bias - self.eta * (causal @ gradient)
-            outputs.append(q + gamma * F.layer_norm(refined, (self.width,), eps=LN_EPS) + delta)
-            weight = weight - self.eta * (k.transpose(-1, -2) @ gradient)
-            bias = bias - self.eta * gradient.sum(-2, keepdim=True)
-        joined = torch.stack(outputs).permute(1, 0, 3, 2, 4).reshape(batch, used, dim)
-        refined = torch.sigmoid(self.gate) * self.o_proj(self.post_norm(joined))
+        def rows(parameter: Tensor) -> Tensor:  # (heads, ., width) -> (B * heads, ., width)
+            return parameter.expand(batch, -1, -1, -1).flatten(0, 1)
+
+        outputs = ttt_scan(
+            split(self.theta_Q), split(self.theta_K), split(self.theta_V), rows(self.W1), rows(self.b1),
+            rows(self.ttt_ln_w.unsqueeze(1)), rows(self.ttt_ln_b.unsqueeze(1)), self.eta,
+        )  # fmt: skip
+        joined = outputs.unflatten(1, (batch, self.heads)).permute(1, 0, 3, 2, 4).reshape(batch, used, dim)
+        refined = torch.sigmoid(self.gate) * self.o_proj(self.post_norm(joined).to(x.dtype))
         return F.pad(refined, (0, 0, 0, time - used))
 
 

@@ -126,10 +126,12 @@ def update_record(study: str, **values: Any) -> None:
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror or error}; check space and permissions") from error
     try:
-        record = read_record(study)
+        before = read_record(study)
+        record = dict(before)
         for key, value in values.items():
             record[key] = {**record.get(key, {}), **value} if isinstance(value, Mapping) else value
-        atomic_write_json(folder / RECORD, record)
+        if record != before:
+            atomic_write_json(folder / RECORD, record)
     finally:
         lock.release()
 

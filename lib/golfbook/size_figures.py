@@ -136,7 +136,7 @@ def bits_choice(table: pd.DataFrame, chosen: int) -> Picture:
         (axes[2], rows["val_bpb"], "bits per byte, reloaded", "{:.3f}"),
     ):
         bars = axis.bar(rows["bits"], values, color=colours)
-        axis.bar_label(bars, [text.format(v) for v in values], padding=2, fontsize=9)
+        axis.bar_label(bars, [text.format(v) for v in values], padding=2, fontsize=8.5)
         axis.set(xlabel="bits of a matrix weight", ylabel=label, xticks=list(rows["bits"]))
         axis.margins(y=0.12)
     low, high = float(rows["val_bpb"].min()), float(rows["val_bpb"].max())

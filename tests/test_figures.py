@@ -1,0 +1,235 @@
+"""Figures: what they show is what they were given, they leave no state behind, and their files are byte-stable."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot
+from PIL import Image
+
+from golfbook import figures, scoring, size_figures, statistics, text_figures
+from golfbook.config import TrainConfig
+from golfbook.errors import GolfbookError, RunError
+
+METRICS = [
+    {"kind": "validation", "step": 0, "val_bpb": 4.2, "val_loss": 7.0, "seconds": 0.0},
+    {"kind": "train", "step": 10, "loss": 6.5, "lr_scale": 1.0, "tokens_per_second": 100.0, "seconds": 1.0},
+    {"kind": "train", "step": 20, "loss": 5.5, "lr_scale": 0.5, "tokens_per_second": 100.0, "seconds": 2.0},
+    {"kind": "validation", "step": 20, "val_bpb": 3.1, "val_loss": 5.4, "seconds": 2.0},
+]
+SEEDS = pd.DataFrame(
+    [("a", 1, 2.10), ("a", 2, 2.12), ("a", 3, 2.15), ("b", 1, 2.20), ("b", 2, 2.21)],
+    columns=["variant", "seed", "val_bpb"],
+)
+
+
+def examples() -> dict[str, figures.Picture]:
+    """One example of every kind of figure."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(0, 0.05, (8, 64))
+    scale = np.abs(weights).max(axis=1, keepdims=True) / 31
+    integers = np.round(weights / scale)
+    plan = scoring.plan_windows(100, 32, 8)
+    widths = pd.DataFrame(
+        {"bits": [4, 5, 6], "error": [0.1, 0.05, 0.02], "artifact_bytes": [100, 120, 140], "val_bpb": [2.3, 2.2, 2.1]}
+    )
+    ladder = pd.DataFrame(
+        {"stride": [32, 16], "val_bpb": [2.2, 2.1], "tokens_computed": [100, 190], "tokens": [100, 100]}
+    )
+    return {
+        "training_curve": figures.training_curve(METRICS, steps=40, unigram_bpb=3.5),
+        "training_curve of nothing": figures.training_curve([], steps=40),
+        "schedule": figures.schedule([1.0, 1.0, 0.5], [0.85, 0.9, 0.95], 0.98),
+        "schedule without averaging": figures.schedule([1.0], [0.9], 0.0),
+        "singular_values": figures.singular_values([3.0, 1.0], [[0.9, 0.5], [1.0, 0.8]]),
+        "seeds": figures.seeds(SEEDS, unigram_bpb=3.5),
+        "bytes_per_token": text_figures.bytes_per_token([0, 1, 1, 3]),
+        "top_pieces": text_figures.top_pieces(["a", "$b$", "\U0001f600"], [3, 2, 1], [3, 4, 4]),
+        "tokens": text_figures.tokens(["\u2581the", "$x$", "\U0001f600"], [4, 3, 4]),
+        "tokens of nothing": text_figures.tokens([], [], []),
+        "vocabularies": text_figures.vocabularies(
+            pd.DataFrame({"pieces": [300, 900], "bits_per_token": [6.0, 8.0], "bits_per_byte": [4.0, 3.0]})
+        ),
+        "windows": text_figures.windows(plan.starts, plan.first, plan.stop, window=32, targets=100),
+        "times_scored": text_figures.times_scored([1, 1], [1, 4], first_target=7),
+        "loss_by_context": text_figures.loss_by_context(np.arange(200) % 20 + 1, {"model": rng.exponential(2, 200)}),
+        "stride_ladder": text_figures.stride_ladder(ladder),
+        "parameters": size_figures.parameters({"attention": 30, "MLP": 70}),
+        "grid": size_figures.grid(weights[0], float(scale[0, 0]), 31),
+        "quantization": size_figures.quantization(
+            weights, integers, integers * scale, bits=6, scale=float(scale[0, 0]), name="matrix"
+        ),
+        "bits_curve": size_figures.bits_curve(
+            pd.DataFrame({"bits": [3, 4], "clip": ["all", "all"], "error": [0.2, 0.1], "entropy_bits": [2.5, 3.4]})
+        ),
+        "bits_choice": size_figures.bits_choice(widths, 5),
+        "entropy_bytes": size_figures.entropy_bytes(
+            pd.DataFrame({"group": ["MLP"], "nominal_bytes": [1000], "entropy_bytes": [700.0], "lzma_bytes": [720]})
+        ),
+        "pairs": size_figures.pairs(pd.DataFrame({"name": ["a"], "value": [1.0]}), label="bits", title="title"),
+        "budget": size_figures.budget({"code": 100_000, "artifact": 500_000}),
+    }
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict[str, figures.Picture]:
+    return examples()
+
+
+def test_every_figure_is_labelled_and_draws_without_warning(
+    pictures: dict[str, figures.Picture], recwarn: pytest.WarningsRecorder
+) -> None:
+    for name, figure in pictures.items():
+        with Image.open(io.BytesIO(figures.png(figure))) as image:
+            width, height = image.size
+            assert 500 <= width <= 1100, name
+            assert 100 < height < 1000, name
+            assert len(image.convert("L").getcolors()) > 10, name
+        titles = [figure.get_suptitle(), *(axes.get_title(loc="left") for axes in figure.axes)]
+        assert any(titles), name
+        if figure.axes[0].axison:
+            assert any(axes.get_xlabel() for axes in figure.axes) or name in ("seeds", "pairs", "entropy_bytes"), name
+            assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes[-1:]), name
+    assert not [w for w in recwarn if "Glyph" in str(w.message) or "layout" in str(w.message)]
+
+
+def test_figures_leave_pyplot_and_settings_alone() -> None:
+    before = dict(matplotlib.rcParams)
+    examples()
+    assert pyplot.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_foreign_settings_do_not_change_a_figure() -> None:
+    plain = figures.png(size_figures.budget({"code": 10, "artifact": 20}))
+    with matplotlib.rc_context({"font.size": 22, "axes.grid": False, "axes.facecolor": "red"}):
+        assert figures.png(size_figures.budget({"code": 10, "artifact": 20})) == plain
+
+
+def test_notebooks_show_a_figure_as_one_png(pictures: dict[str, figures.Picture]) -> None:
+    assert pictures["budget"]._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_saved_files_are_equal_for_equal_data(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    for folder in ("one", "two"):
+        monkeypatch.setenv("GOLFBOOK_FIGURES", str(tmp_path / folder))
+        paths = figures.save(figures.seeds(SEEDS), "study_seeds", SEEDS)
+        assert [p.name for p in paths] == ["study_seeds.png", "study_seeds.svg", "study_seeds.csv"]
+        written.append([p.read_bytes() for p in paths])
+        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == sorted(p.name for p in paths)
+    assert written[0] == written[1]
+    assert not re.search(rb"20\d\d-\d\d-\d\d", written[0][1])
+    pd.testing.assert_frame_equal(pd.read_csv(io.BytesIO(written[0][2])), SEEDS)
+
+
+def test_save_names_what_is_wrong(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GolfbookError, match="plain file name"):
+        figures.save(figures.seeds(SEEDS), "../escape")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GOLFBOOK_FIGURES", str(tmp_path / "file"))
+    with pytest.raises(RunError, match="cannot write"):
+        figures.save(figures.seeds(SEEDS), "seeds")
+
+
+def test_training_curve_shows_the_points() -> None:
+    loss, scale, score = figures.training_curve(METRICS, steps=40, unigram_bpb=3.5).axes
+    assert loss.lines[0].get_xydata().tolist() == [[10, 6.5], [20, 5.5]]
+    assert score.lines[0].get_xydata().tolist() == [[0, 4.2], [20, 3.1]]
+    assert score.lines[1].get_ydata()[0] == 3.5
+    assert scale.get_xlim() == loss.get_xlim() == (0, 40)
+
+
+def test_seeds_shows_every_seed_mean_and_interval() -> None:
+    (axes,) = figures.seeds(SEEDS).axes
+    dots = np.concatenate(
+        [c.get_offsets()[:, 1] for c in axes.collections if len(c.get_offsets()) and c.get_array() is None]
+    )
+    for value in SEEDS["val_bpb"]:
+        assert np.isclose(dots, value).any()
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["a\nn = 3", "b\nn = 2"]
+    summary = statistics.describe([2.10, 2.12, 2.15])
+    bars = [c.lines for c in axes.containers]
+    low, high = sorted(bars[0][2][0].get_segments()[0][:, 1])
+    assert bars[0][0].get_ydata()[0] == pytest.approx(summary.mean)
+    assert (low, high) == pytest.approx((summary.low, summary.high))
+    joined = [line for line in axes.lines if line.get_color() == figures.LIGHT and len(line.get_xdata()) == 2]
+    assert len(joined) == 2  # seeds 1 and 2 are in both variants, seed 3 is not
+
+
+def test_seeds_claims_no_interval_for_one_seed() -> None:
+    (axes,) = figures.seeds(SEEDS[SEEDS["seed"] == 1]).axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert any("no interval" in label for label in labels)
+    assert all(container.lines[2] == () for container in axes.containers)
+
+
+def test_unigram_entropy_is_a_line_or_said_to_be_off_the_scale() -> None:
+    for value, expected in ((2.15, "unigram entropy 2.150"), (3.5, "unigram entropy 3.500: off the scale")):
+        (axes,) = figures.seeds(SEEDS, unigram_bpb=value).axes
+        assert expected in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_schedule_of_a_config_follows_the_formulas() -> None:
+    train = TrainConfig(
+        steps=10, warmdown_steps=4, muon_momentum_warmup_steps=5, muon_momentum_start=0.8, muon_momentum=0.9,
+        batch_tokens=64, sequence_length=64, ema_decay=0.5,
+    )  # fmt: skip
+    scale, momentum, average = (axes.lines[0].get_ydata() for axes in figures.schedule_of(train).axes)
+    assert scale == pytest.approx([1] * 7 + [0.75, 0.5, 0.25])
+    assert momentum == pytest.approx([0.8, 0.82, 0.84, 0.86, 0.88] + [0.9] * 5)
+    assert average[-1] == 0.5
+    assert sum(average) == pytest.approx(1 - 0.5**10)
+
+
+def test_windows_draws_the_plan() -> None:
+    plan = scoring.plan_windows(100, 32, 8)
+    (axes,) = text_figures.windows(plan.starts, plan.first, plan.stop, window=32, targets=100, shown=3).axes
+    spans = [(p.get_x(), p.get_width()) for p in axes.patches]
+    assert spans == [(0, 32), (0, 32), (8, 32), (32, 8), (16, 32), (40, 8)]
+    assert f"{len(plan)} forward passes" in axes.get_title(loc="left")
+    assert "at least 24 tokens" in axes.get_title(loc="left")
+
+
+def test_tokens_are_spelt_so_that_any_font_has_them() -> None:
+    assert text_figures.printable("\u2581a b") == "␣a␣b"
+    assert text_figures.printable("\n\U0001f600") == "U+000AU+1F600"
+    (axes,) = text_figures.tokens(["a", "b"], [1, 2], [1.0, 2.0]).axes
+    assert "2 tokens, 3 bytes" in axes.get_title(loc="left")
+    assert f"{3 / np.log(2) / 3:.2f} bits per byte" in axes.get_title(loc="left")
+
+
+def test_loss_by_context_averages_by_bin() -> None:
+    context = np.repeat([1, 10], 50)
+    (axes,) = text_figures.loss_by_context(context, {"m": np.repeat([5.0, 2.0], 50)}, bins=4).axes
+    line = axes.containers[0].lines[0]
+    assert line.get_xydata().tolist() == [[1, 5], [10, 2]]
+
+
+def test_entropy_and_error() -> None:
+    assert size_figures.entropy_bits([1, 1, 2, 2]) == pytest.approx(1.0)
+    assert size_figures.entropy_bits([7, 7]) == 0.0
+    assert size_figures.entropy_bits(np.arange(64)) == pytest.approx(6.0)
+    assert size_figures.relative_error([3.0, 4.0], [3.0, 4.0]) == 0.0
+    assert size_figures.relative_error([3.0, 4.0], [0.0, 0.0]) == pytest.approx(1.0)
+
+
+def test_budget_says_what_is_left_or_too_much() -> None:
+    inside = size_figures.budget({"code": 1_000_000, "artifact": 2_000_000})
+    assert inside.axes[0].get_title(loc="left") == "3,000,000 of 16,000,000 bytes (18.75%): 13,000,000 bytes left"
+    beyond = size_figures.budget({"code": 1_000_000, "artifact": 16_000_000})
+    assert "1,000,000 bytes too many" in beyond.axes[0].get_title(loc="left")
+
+
+def test_grid_counts_levels_and_clipped_weights() -> None:
+    weights = np.array([-1.0, -0.5, 0.0, 0.5, 2.0])
+    title = size_figures.grid(weights, 0.5, 3).axes[0].get_title(loc="left")
+    assert "7 of 7 levels" in title
+    assert "20.0% clipped" in title
+    coarse = size_figures.grid(np.array([-0.1, 0.0, 0.1]), 1 / 31, 31).axes[0].get_title(loc="left")
+    assert "7 of 63 levels" in coarse

@@ -1,0 +1,265 @@
+"""The job runner on small notebooks: what it leaves behind, what it skips, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from fixture_project import Project
+
+from golfbook import jobs, results
+from golfbook.config import load_config
+from golfbook.errors import RunError
+from golfbook.runs import STAGES, create_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A job that has been run to its end, with what it printed."""
+    project = Project(tmp_path_factory.mktemp("finished"))
+    done = project.call("run", "papermill_jobs/job.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    project.output = done.stdout
+    return project
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setenv("GOLFBOOK_ROOT", str(tmp_path))
+    monkeypatch.setenv("GOLFBOOK_RUNS", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    return Project(tmp_path)
+
+
+def training_only(project: Project, **changes: object) -> Project:
+    """Cut the job down to one stage and no figure."""
+    project.write_job(**{"stages": ["training"], "figures": None, "variants": {"xsa": {}}, **changes})
+    return project
+
+
+def test_every_stage_is_done_and_executed_with_its_parameters(finished: Project) -> None:
+    values = finished.results()
+    assert len(values) == 6 and all(value["status"] == "ok" for value in values.values())
+    for variant, overrides in (("xsa-s1", {}), ("no_xsa-s1", {"model.xsa": 0})):
+        folder = finished.folder(variant)
+        books = sorted(path.name for path in (folder / "notebooks").glob("*.ipynb"))
+        assert books == ["03_training.ipynb", "04_quantization.ipynb", "05_test_time_training.ipynb"]
+        book = nbformat.read(folder / "notebooks/03_training.ipynb", as_version=4)
+        [injected] = [c for c in book.cells if "injected-parameters" in c.metadata.get("tags", [])]
+        given: dict[str, object] = {}
+        exec(injected.source, given)
+        assert (given["seed"], given["study"], given["overrides"]) == (1, "small", overrides)
+        assert given["run_dir"] == str(folder) and given["preset"] == "quickstart"
+        # one execution a stage, each with the threads of the config
+        assert (folder / "executions.txt").read_text() == "1\n" * 3
+
+
+def test_the_table_and_the_places_are_printed(finished: Project) -> None:
+    text = finished.output
+    assert "2 runs of preset quickstart" in text and "rule of thumb" in text
+    [line] = [line for line in text.splitlines() if line.startswith("│ no_xsa") and "30" in line]
+    bpb = finished.results()[f"{finished.folder('no_xsa-s1').name}/result.test_time_training.json"]["val_bpb"]
+    assert f"{bpb:.4f} ± –" in line and " 8 " in line
+    assert "unigram entropy of the validation text is 4.5000 BPB" in text
+    assert "at most 100 bytes, all within the limit of 16,000,000" in text
+    for place in ("runs/small/results.parquet", "runs/small/metrics.parquet", "figures/small_seeds.png", "notebooks"):
+        assert place in text
+    assert (finished.root / "figures/small_seeds.png").read_text() == "2 runs"
+
+
+def test_progress_lines_without_a_terminal(finished: Project) -> None:
+    lines = [line for line in finished.output.splitlines() if line[:4].strip().endswith("%")]
+    assert 3 <= len(lines) <= 40 and any("xsa-s1 training" in line for line in lines) and "left" in lines[-1]
+    assert "\x1b" not in finished.output
+
+
+def test_results_parquet_has_a_row_a_run(finished: Project) -> None:
+    table = pd.read_parquet(finished.runs / "small/results.parquet")
+    assert list(table["variant"]) == ["no_xsa", "xsa"] and list(table["seed"]) == [1, 1]
+    assert table["artifact_bytes"].tolist() == [30, 30], "equal in two stages, so not prefixed"
+    assert (table["test_time_training_val_bpb"] < table["quantization_val_bpb"]).all()
+    assert "val_bpb" not in table and (table["training_state"] == "done").all()
+    for name in ("config_hash", "variant_hash", "torch_version", "processor", "git_commit", "train_seconds", "parameters"):
+        assert name in table
+    assert json.loads(table["config_json"][0])["model"]["xsa"] == 0
+    curves = pd.read_parquet(finished.runs / "small/metrics.parquet")
+    assert len(curves) == 8 and set(curves["variant"]) == {"xsa", "no_xsa"} and {"step", "loss", "kind"} <= set(curves)
+
+
+def test_a_second_run_does_nothing_and_says_so(finished: Project) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.root.rglob("*") if path.is_file()}
+    done = finished.call("run", "papermill_jobs/job.yaml")
+    assert done.returncode == 0 and "Nothing to do: every stage and figure of this job is done." in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished.root.rglob("*") if path.is_file()} == before
+
+
+def test_figures_are_drawn_again_when_results_notebook_or_picture_changed(finished: Project) -> None:
+    count = finished.root / "figure_count.txt"
+    assert count.read_text() == "x"
+    (finished.root / "figures/small_seeds.png").unlink()
+    assert finished.call("run", "papermill_jobs/job.yaml").returncode == 0
+    assert count.read_text() == "xx"
+    assert (finished.root / "figures/small_seeds.png").is_file()
+
+
+def test_failures_do_not_stop_the_others_and_are_tried_again(project: Project) -> None:
+    """A killed kernel, a broken cell, an error of ours, and a cell that fails after the result was written."""
+    variants = {name: {"train.grad_clip": i / 8} for i, name in enumerate(("killed", "broken", "data", "plot", "good"))}
+    training_only(project, variants=variants)
+    faults = [
+        project.fault("kill", "killed-s1"),
+        project.fault("error", "broken-s1"),
+        project.fault("data", "data-s1"),
+        project.fault("plot", "plot-s1"),
+    ]
+    report = jobs.run(jobs.plan(project.job))
+    states = {status.planned.variant: status for status in report.runs}
+    assert {name: status.state for name, status in states.items()} == {
+        "killed": "failed", "broken": "failed", "data": "failed", "plot": "failed", "good": "done"
+    }  # fmt: skip
+    killed, broken, data, plot = (states[name].message for name in ("killed", "broken", "data", "plot"))
+    assert killed.startswith("the kernel of 03_training.ipynb was killed in cell 3 ('if fault(\"kill\"):')")
+    assert broken.startswith("ValueError: a broken cell (in cell 4 of ") and "\x1b" not in broken
+    assert broken.splitlines()[-1].strip() == "ValueError: a broken cell"
+    assert data.startswith("shard 7 is one byte short; download it again (in cell ") and len(data.splitlines()) == 1
+    assert plot.startswith("ValueError: a plot failed")
+    for name in ("killed", "broken", "data"):
+        run = states[name].planned.run
+        assert run.state("training") == "failed"
+        assert (run.read_result("training") or {})["message"] == states[name].message
+    for status in states.values():
+        log = status.log
+        assert log is not None and log.is_file()
+        partial = status.planned.path / "notebooks/03_training.partial.ipynb"
+        assert partial.is_file() == (status.state == "failed")
+    assert states["plot"].planned.run.is_done("training"), "its result is kept"
+    table = pd.read_parquet(project.runs / "small/results.parquet").set_index("variant")
+    assert table["training_val_bpb"].notna().to_dict() == {
+        "broken": False, "data": False, "good": True, "killed": False, "plot": True
+    }  # fmt: skip
+
+    for path in faults:
+        path.unlink()
+    again = jobs.run(jobs.plan(project.job))
+    assert all(status.state == "done" for status in again.runs) and not again.failures
+    assert {status.planned.variant for status in again.runs if status.executed} == {"killed", "broken", "data", "plot"}
+    assert not list(project.runs.rglob("*.partial.ipynb"))
+    assert all(value["status"] == "ok" for value in project.results().values())
+
+
+def test_a_failed_job_ends_with_status_1_and_names_the_log(project: Project) -> None:
+    training_only(project, figures=["10_seeds"])
+    project.fault("kill")
+    done = project.call("run", "papermill_jobs/job.yaml")
+    assert done.returncode == 1
+    assert "FAILED xsa-s1, training: the kernel of 03_training.ipynb was killed" in done.stdout
+    assert f"log: {project.folder()}/notebooks/training.log" in done.stdout
+    assert "1 failed" in done.stdout and "Figure 10_seeds was not drawn" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    status = project.call("status", "small")
+    assert status.returncode == 0 and "training: the kernel of 03_training.ipynb was killed" in status.stdout
+
+
+def test_runs_folder_that_is_a_file(project: Project) -> None:
+    project.runs.write_text("")
+    done = project.call("run", "papermill_jobs/job.yaml")
+    assert done.returncode == 2
+    assert "cannot write" in done.stderr and str(project.runs) in done.stderr and "permissions" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_full_disk_while_a_job_is_prepared(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    made = jobs.plan(training_only(project).job)
+    monkeypatch.setattr("golfbook.files.tempfile.mkstemp", full)
+    with pytest.raises(RunError, match=r"cannot write .*env\.json: No space left on device; check free space"):
+        jobs.run(made)
+
+
+def test_full_disk_while_a_notebook_runs(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    from papermill.iorw import papermill_io
+
+    from golfbook.execution import execute_stage
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = create_run("small", "xsa", load_config("quickstart", seed=1))
+    monkeypatch.setattr(papermill_io, "write", full)
+    with pytest.raises(RunError, match=r"cannot write .*03_training\.partial\.ipynb: No space left on device"):
+        execute_stage(run.path, "training")
+    assert run.state("training") == "failed"
+
+
+def test_a_notebook_that_leaves_no_result_has_failed(project: Project) -> None:
+    training_only(project)
+    book = nbformat.read(project.root / "notebooks/03_training.ipynb", as_version=4)
+    book.cells = book.cells[:1]
+    nbformat.write(book, project.root / "notebooks/03_training.ipynb")
+    [status] = jobs.run(jobs.plan(project.job)).runs
+    assert status.state == "failed" and "result.training.json does not say 'ok'" in status.message
+
+
+def test_two_jobs_at_once_do_the_work_once(project: Project) -> None:
+    training_only(project)
+    both = [project.start("run", "papermill_jobs/job.yaml") for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert (project.folder() / "executions.txt").read_text() == "1\n"
+
+
+def test_edited_jobs_leave_old_runs_out_of_the_tables(project: Project) -> None:
+    def finish() -> list[str]:
+        made = jobs.plan(project.job)
+        results.note_variants(made)
+        for planned in made.runs:
+            run = create_run(made.study, planned.variant, planned.config)
+            run.checkpoint_path.write_text("x")
+            run.write_result("training", {"val_bpb": 2.0}, reads={}, writes=run.checkpoint_path)
+        frame = results.collect("small")
+        return [f"{row.variant}-s{row.seed}-{row.config_hash}" for row in frame.itertuples()]
+
+    first = finish()
+    assert len(first) == 2
+    project.write_job(seeds=[2])
+    assert len(finish()) == 4, "further seeds of the same configuration belong to the study"
+    project.write_job(seeds=[1], variants={"xsa": {"train.steps": 7}, "no_xsa": {"model.xsa": 0}})
+    assert len(third := finish()) == 3 and not set(third) >= set(first)
+    assert len(list((project.runs / "small").glob("xsa-*"))) == 3, "nothing is deleted"
+
+
+def test_collected_names_are_prefixed_where_stages_differ(project: Project) -> None:
+    run = create_run("s", "v", load_config("quickstart", seed=1))
+    run.checkpoint_path.write_text("x")
+    common = {"note": ["a"], "kept": 1}
+    run.write_result("training", {**common, "val_bpb": 2.0, "rate": 1}, reads={}, writes=run.checkpoint_path)
+    sha = (run.read_result("training") or {})["writes"]["sha256"]
+    run.write_result(
+        "quantization", {**common, "rate": 2}, reads={run.checkpoint_path.name: sha}, writes=run.checkpoint_path
+    )
+    [row] = results.rows("s")
+    assert (row["training_rate"], row["quantization_rate"], row["kept"], row["note"]) == (1, 2, 1, '["a"]')
+    assert row["training_val_bpb"] == 2.0 and "rate" not in row
+    assert [row[f"{stage}_state"] for stage in STAGES] == ["done", "done", "missing"]
+    run.checkpoint_path.write_text("changed")
+    [row] = results.rows("s")
+    assert row["training_state"] == "stale" and "training_val_bpb" not in row
+
+
+def test_collecting_twice_gives_the_same_files(finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOLFBOOK_RUNS", str(finished.runs))
+    path = finished.runs / "small/results.parquet"
+    before = path.read_bytes()
+    jobs.collect("small")
+    assert path.read_bytes() == before
+
+
+def test_unknown_study(project: Project) -> None:
+    create_run("quickstart", "v", load_config("quickstart", seed=1))
+    with pytest.raises(RunError, match=r"no study 'quikstart'; did you mean 'quickstart'\?"):
+        results.collect("quikstart")

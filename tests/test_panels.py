@@ -1,0 +1,226 @@
+"""Panels: driving a control changes the image; without a person the same state is a plain picture."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import IPython.display
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from golfbook import figures, panels, size_figures
+from golfbook.config import load_config
+from golfbook.errors import DataError
+from golfbook.model import GPT, initialise
+from golfbook.runs import Run
+from golfbook.tokenizer import Tokenizer, train_tokenizer
+
+SMALL = {
+    "model": {"vocab_size": 300, "num_layers": 2, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 8},
+    "model.bigram": {"vocab_size": 32, "dim": 8},
+    "model.value_embedding.dim": 8,
+    "model.xsa": 1,
+    "train.steps": 20,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    return Tokenizer.load(train_tokenizer(["the cat and the hat sat on the mat " * 20] * 20, 300, path))
+
+
+def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
+    config = load_config("quickstart", overrides=SMALL)
+    if kind == "tokens":
+        return panels.tokens(tokenizer, "the cat")
+    if kind == "losses":
+        torch.set_num_threads(1)
+        return panels.losses(initialise(GPT(config.model), 1), tokenizer, "the cat")
+    if kind == "windows":
+        return panels.windows(1000, 64)
+    if kind == "schedule":
+        return panels.schedule(config.train)
+    if kind == "bits_and_clip":
+        weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0)).pow(3) * 0.01  # long tails
+        return panels.bits_and_clip(weight, "matrix")
+    rows = [(bits, 2.0**-bits, 100 * bits, 2 + 2.0**-bits) for bits in range(3, 9)]
+    return panels.bits_choice(pd.DataFrame(rows, columns=["bits", "error", "artifact_bytes", "val_bpb"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("tokens", "text", "the hat 🚀"),
+        ("tokens", "text", ""),
+        ("losses", "text", "mat on the cat"),
+        ("losses", "text", ""),
+        ("windows", "stride", 8),
+        ("schedule", "warmdown_steps", 4),
+        ("schedule", "muon_momentum_warmup_steps", 3),
+        ("schedule", "ema_decay", 0.0),
+        ("bits_and_clip", "bits", 3),
+        ("bits_and_clip", "clip", 0.0),
+        ("bits_and_clip", "clip", 0.99),
+        ("bits_and_clip", "scale_floor", True),
+        ("bits_choice", "bits", 4),
+    ],
+)
+def test_moving_a_control_changes_the_image(kind: str, name: str, value: Any, tokenizer: Tokenizer) -> None:
+    panel = make_panel(kind, tokenizer)
+    controls, message, image = panel.widget().children
+    fields = dict(zip(panel.controls, controls.children, strict=True))
+    first = image.value
+    assert first == panel.png()
+    fields[name].value = value
+    assert message.value == ""
+    assert image.value[:4] == b"\x89PNG"
+    assert image.value != first
+    assert image.value == panel.png(**{name: value})
+    fields[name].value = panel.state[name]
+    assert image.value == first
+
+
+def test_controls_report_only_when_let_go_and_the_image_keeps_its_size(tokenizer: Tokenizer) -> None:
+    for kind in ("tokens", "schedule", "bits_choice"):
+        controls, _, image = make_panel(kind, tokenizer).widget().children
+        for field in controls.children:
+            assert getattr(field, "continuous_update", False) is False
+        width, height = panels.png_size(image.value)
+        assert image.layout.width == f"{width}px"
+        assert int(image.layout.height.removesuffix("px")) >= height
+
+
+def test_an_error_becomes_a_message_and_the_picture_stays() -> None:
+    def draw(bits: int) -> figures.Picture:
+        if bits == 2:
+            raise DataError("no <b> here")
+        return size_figures.budget({"code": bits})
+
+    controls, message, image = panels.Panel(draw, {"bits": panels.Slider("bits", 1, 1, 3)}).widget().children
+    before = image.value
+    controls.children[0].value = 2
+    assert message.value == "no &lt;b> here"
+    assert image.value == before
+    controls.children[0].value = 3
+    assert message.value == ""
+    assert image.value != before
+
+
+def test_a_state_is_drawn_once() -> None:
+    drawn: list[int] = []
+
+    def draw(bits: int) -> figures.Picture:
+        drawn.append(bits)
+        return size_figures.budget({"code": bits})
+
+    panel = panels.Panel(draw, {"bits": panels.Slider("bits", 1, 1, 3)})
+    for bits in (1, 2, 1, 2):
+        panel.png(bits=bits)
+    assert drawn == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("setting", "stdin", "expected"),
+    [("", True, True), ("", False, False), ("1", True, False), ("0", False, True)],
+)
+def test_who_gets_controls(setting: str, stdin: bool, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOLFBOOK_STATIC", setting)
+    shell = SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=stdin))
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    assert panels.interactive() is expected
+
+
+def test_show_gives_controls_with_a_picture_beside_or_the_picture_alone(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(IPython.display, "display", lambda value, **_: shown.append(value))
+    panel = make_panel("bits_choice", tokenizer)
+    monkeypatch.setenv("GOLFBOOK_STATIC", "1")
+    panels.show(panel)
+    monkeypatch.setenv("GOLFBOOK_STATIC", "0")
+    panels.show(panel)
+    assert shown[0].data == panel.png()
+    assert "application/vnd.jupyter.widget-view+json" in shown[1]
+    assert base64.b64decode(shown[1]["image/png"]) == panel.png()
+
+
+def test_clip_quantize_follows_the_quantiser() -> None:
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(3))
+    q, scale = panels.clip_quantize(weight, 6, 0.99)
+    bound = weight.abs().quantile(0.99, dim=1)
+    assert scale.float().numpy() == pytest.approx((bound / 31).numpy(), rel=1e-3)
+    assert int(q.abs().max()) == 31
+    assert (q.abs() == 31).float().mean() == pytest.approx(0.02, abs=0.01)
+    whole, _ = panels.clip_quantize(weight, 6, 1.0)
+    assert ((whole.abs() == 31).sum(dim=1) >= 1).all()
+
+
+def points(step: int) -> list[dict[str, Any]]:
+    return [
+        {"kind": "validation", "step": 0, "val_loss": 7.0, "val_bpb": 4.0, "seconds": 0.0},
+        {
+            "kind": "train",
+            "step": step,
+            "loss": 6.0 - step / 10,
+            "lr_scale": 1.0,
+            "tokens_per_second": 1234.0,
+            "seconds": 1.0,
+        },
+    ]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path, load_config("quickstart", overrides=SMALL))
+
+
+def test_monitor_prints_lines_where_nobody_watches(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GOLFBOOK_STATIC", "1")
+    monitor = panels.training_monitor(run, seconds=0.0)
+    monitor([])
+    monitor(points(5))
+    monitor(points(5))
+    monitor(points(10))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "step 5/20, loss 5.500 nats/token, 1,234 tokens/s, validation 4.000 bits/byte at step 0",
+        "step 10/20, loss 5.000 nats/token, 1,234 tokens/s, validation 4.000 bits/byte at step 0",
+    ]
+    slow = panels.training_monitor(run, seconds=3600.0)
+    slow(points(5))
+    slow(points(10))
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_monitor_redraws_one_image_from_what_is_on_the_disk(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOLFBOOK_STATIC", "0")
+    monkeypatch.setattr(panels, "REDRAW_SECONDS", 0.0)
+    widgets: list[Any] = []
+    monkeypatch.setattr(panels, "_display_widget", lambda widget, static: widgets.append(widget))
+    monitor = panels.training_monitor(run, unigram_bpb=3.5)
+    (image,) = widgets
+    values = [image.value]
+    for step in (5, 20):
+        for point in points(step):
+            run.append_metrics(point)
+        monitor(run.read_metrics())
+        values.append(image.value)
+    assert len(set(values)) == 3
+    assert len(widgets) == 1
+    assert values[-1] == figures.png(panels.attach(run, unigram_bpb=3.5))
+
+
+def test_attach_draws_what_the_run_left(run: Run) -> None:
+    for point in points(7):
+        run.append_metrics(point)
+    loss = panels.attach(run).axes[0].lines[0]
+    assert np.asarray(loss.get_xydata()).tolist() == [[7.0, pytest.approx(5.3)]]
