@@ -71,7 +71,7 @@ def examples() -> dict[str, figures.Picture]:
         "entropy_bytes": size_figures.entropy_bytes(
             pd.DataFrame({"group": ["MLP"], "nominal_bytes": [1000], "entropy_bytes": [700.0], "lzma_bytes": [720]})
         ),
-        "pairs": size_figures.pairs(pd.DataFrame({"name": ["a"], "value": [1.0]}), label="bits", title="title"),
+        "size_quality": size_figures.size_quality(widths.assign(name=["4 bits", "5 bits", "6 bits"]), title="title"),
         "budget": size_figures.budget({"code": 100_000, "artifact": 500_000}),
     }
 
@@ -93,7 +93,7 @@ def test_every_figure_is_labelled_and_draws_without_warning(
         titles = [figure.get_suptitle(), *(axes.get_title(loc="left") for axes in figure.axes)]
         assert any(titles), name
         if figure.axes[0].axison:
-            assert any(axes.get_xlabel() for axes in figure.axes) or name in ("seeds", "pairs", "entropy_bytes"), name
+            assert any(axes.get_xlabel() for axes in figure.axes) or name in ("seeds", "entropy_bytes"), name
             assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes[-1:]), name
     assert not [w for w in recwarn if "Glyph" in str(w.message) or "layout" in str(w.message)]
 
@@ -231,5 +231,7 @@ def test_grid_counts_levels_and_clipped_weights() -> None:
     title = size_figures.grid(weights, 0.5, 3).axes[0].get_title(loc="left")
     assert "7 of 7 levels" in title
     assert "20.0% clipped" in title
+    rounded = size_figures.grid(np.array([-1.0, 1.0]), 0.333, 3).axes[0].get_title(loc="left")
+    assert "0.0% clipped" in rounded  # a scale rounded down to float16 cuts nothing off
     coarse = size_figures.grid(np.array([-0.1, 0.0, 0.1]), 1 / 31, 31).axes[0].get_title(loc="left")
     assert "7 of 63 levels" in coarse

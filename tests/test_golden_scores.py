@@ -23,7 +23,7 @@ TINY = {
     "flow": {"enabled": True, "latent_dim": 16, "hidden_dim": 32}, "ttt_linear": {"enabled": True, "num_heads": 4},
 }  # fmt: skip
 TINY_B = {
-    **TINY, "num_layers": 5, "xsa": 5, "gated_attention": True, "value_residual": True,
+    **TINY, "num_layers": 5, "xsa": 5, "gated_attention": True, "value_residual": "lambda",
     "value_embedding": {"layers": []}, "flow": {}, "ttt_linear": {},
 }  # fmt: skip
 

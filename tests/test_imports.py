@@ -13,11 +13,42 @@ import golfbook
 
 PACKAGE = Path(golfbook.__file__).parent
 # A module imports only from modules before it. A new module takes its place here.
-ORDER = """
-errors files config runs shards tokenizer documents pydocs hub corpus layers refiners model scoring checkpoints muon
-launcher training quantization artifact stages estimates plan results execution jobs statistics figures text_figures
-size_figures panels reports cli
-""".split()
+ORDER = [
+    "errors",
+    "files",
+    "config",
+    "runs",
+    "shards",
+    "tokenizer",
+    "documents",
+    "pydocs",
+    "hub",
+    "corpus",
+    "layers",
+    "scan",
+    "refiners",
+    "model",
+    "scoring",
+    "checkpoints",
+    "muon",
+    "launcher",
+    "training",
+    "quantization",
+    "artifact",
+    "stages",
+    "estimates",
+    "plan",
+    "results",
+    "execution",
+    "jobs",
+    "statistics",
+    "figures",
+    "text_figures",
+    "size_figures",
+    "panels",
+    "reports",
+    "cli",
+]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 LONGEST = 450
 HEAVY = ("torch", "numpy", "pandas", "scipy", "matplotlib", "papermill", "IPython", "sentencepiece", "pyarrow")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from fixture_project import Project, kill, wait_for
 
 

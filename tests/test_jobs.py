@@ -8,8 +8,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from fixture_project import Project
 
+from fixture_project import Project
 from golfbook import jobs, results
 from golfbook.config import load_config
 from golfbook.errors import RunError
@@ -82,7 +82,15 @@ def test_results_parquet_has_a_row_a_run(finished: Project) -> None:
     assert table["artifact_bytes"].tolist() == [30, 30], "equal in two stages, so not prefixed"
     assert (table["test_time_training_val_bpb"] < table["quantization_val_bpb"]).all()
     assert "val_bpb" not in table and (table["training_state"] == "done").all()
-    for name in ("config_hash", "variant_hash", "torch_version", "processor", "git_commit", "train_seconds", "parameters"):
+    for name in (
+        "config_hash",
+        "variant_hash",
+        "torch_version",
+        "processor",
+        "git_commit",
+        "train_seconds",
+        "parameters",
+    ):
         assert name in table
     assert json.loads(table["config_json"][0])["model"]["xsa"] == 0
     curves = pd.read_parquet(finished.runs / "small/metrics.parquet")

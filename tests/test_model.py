@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from golfbook.config import ModelConfig, load_config
-from golfbook.layers import BigramHash, apply_rope, exclusive_attention, rope_tables
-from golfbook.model import GPT, initialise, parameter_table
-from reference import fill_hashed, hashed_batch, sine, uniform
+from golfbook.layers import BigramHash, Canon, SmearGate, apply_rope, exclusive_attention, rms_norm, rope_tables
+from golfbook.model import GPT, exported, exported_state, initialise, parameter_table
+from reference import fill_hashed, hashed_batch, hashed_tokens, sine, uniform
 
 GOLDEN = Path(__file__).parent / "golden"
 REFINERS = {"ttt_linear": {"enabled": True}, "flow": {"enabled": True}}
@@ -21,10 +21,12 @@ PR1232 = {
     "num_layers": 11,
     "xsa": 11,
     "gated_attention": True,
-    "value_residual": True,
+    "value_residual": "lambda",
     "bigram": {"vocab_size": 4096},
     "value_embedding": {"layers": ()},
 }
+
+PR1170 = {**PR1232, "native_flow": {"enabled": True}}
 
 
 def model_config(**values) -> ModelConfig:
@@ -40,6 +42,9 @@ def model_config(**values) -> ModelConfig:
         ({"num_layers": 11, **REFINERS}, 28_110_750),
         (PR1232, 27_137_223),
         ({**PR1232, "flow": {"enabled": True}}, 27_235_848),
+        (PR1170, 27_530_952),
+        ({**PR1232, "native_flow": {"enabled": True, "hidden_dim": 128}}, 27_334_088),
+        ({**PR1232, "native_flow": {"enabled": True, "hidden_dim": 512}}, 27_924_680),
         ({"num_layers": 11, "qk_gain_init": 5.0, "recurrence": [4, 5]}, 26_928_220),
     ],
 )
@@ -57,6 +62,7 @@ PUBLISHED = [
     ({}, (1, 1088), 7.488140, (0.28900, 0.77985, 2.09799, -0.40256), (-0.47061, 0.45752, 0.14690, -0.64105), 1.000552),
     (REFINERS, (2, 64), 7.436307, (-0.60799, 0.79483, 2.07155, 0.35645), (-0.5209, -1.677, 1.93743, 0.5565), 1.227735),
     (PR1232, (2, 64), 7.441620, (-1.26877, -0.38032, -0.40892, -0.35088), (-0.7494, -0.5914, -0.219, 0.1753), 1.001761),
+    (PR1170, (2, 64), 7.552488, (-1.4805, -0.4713, -0.9923, -0.2076), (-1.1449, -1.0712, -0.4505, 0.4659), 1.094717),
 ]  # fmt: skip
 
 
@@ -192,14 +198,125 @@ def test_ttt_linear_published_component_vectors():
         assert flow.norm().item() == pytest.approx(81.8038, abs=1e-3)
 
 
+def test_native_flow_published_component_vectors():
+    model = GPT(model_config(**PR1170))
+    fill_hashed(model)
+    flow = model.native_flow
+    x = torch.from_numpy((2 * uniform("refx", 48 * 512) - 1) * 3**0.5).float().view(1, 48, 512)
+    t = torch.from_numpy(uniform("nfm_t", 48)).float().view(1, 48)
+    z = torch.from_numpy((2 * uniform("nfm_z", 48 * 512) - 1) * 3**0.5).float().view(1, 48, 512)
+    with torch.no_grad():
+        out = flow(x)
+        torch.testing.assert_close(out[0, 0, :3], torch.tensor([0.24418, 0.47323, -0.31330]), atol=1e-4, rtol=0)
+        assert out.norm().item() == pytest.approx(72.8049, abs=1e-3)
+        assert flow.matching_loss(x, t, z).item() == pytest.approx(2.641567, abs=1e-5)
+        e = flow.time_embedding(torch.ones(()))
+    expected = torch.tensor([0.841471, 0.821779, 0.801805, 0.000100, 0.540302, 0.569807, 1.0])
+    torch.testing.assert_close(e[[0, 1, 2, 255, 256, 257, 511]], expected, atol=2e-6, rtol=0)
+    x.requires_grad_()
+    assert torch.autograd.grad(flow.matching_loss(x, t, z), x, allow_unused=True) == (None,)
+
+
+def test_native_flow_adds_its_loss_in_training_only():
+    model = initialise(GPT(model_config(**PR1170, model_dim=64, num_heads=4, num_kv_heads=2)), seed=1)
+    tokens, targets = hashed_batch(2, 32)
+    with torch.no_grad():
+        plain = model.eval().loss(tokens, targets)
+        torch.manual_seed(0)
+        extra = model.train().loss(tokens, targets) - plain
+    assert extra.item() == pytest.approx(0.2, abs=0.03)  # 0.1 times about 2 while the velocity is zero
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_hashed_rows_against_a_loop(order):
+    table = BigramHash(model_config(bigram={"vocab_size": 97, "dim": 4, "trigram": order == 3}))
+    tokens = torch.from_numpy(hashed_tokens("rows", 40)).view(2, 20)
+    rows = table.rows_of(tokens, order)
+    for b in range(2):
+        for t in range(20):
+            expected = 96
+            if t >= order - 1:
+                key = (36313 * int(tokens[b, t])) ^ (27191 * int(tokens[b, t - 1]))
+                expected = (key ^ (51497 * int(tokens[b, t - 2])) if order == 3 else key) % 96
+            assert rows[b, t] == expected
+
+
+def test_canon_against_a_loop():
+    config = model_config(canon={"last_n": 1, "kernel": 3, "gate_init": 0.5})
+    canon, x = Canon(config), torch.randn(2, 7, 512, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(canon(x), x)  # starts as the identity
+    with torch.no_grad():
+        canon.weight.normal_(generator=torch.Generator().manual_seed(1))
+        out = canon(x)
+        for t in range(7):
+            extra = sum(canon.weight[k] * x[:, t - k] for k in range(3) if t >= k)
+            torch.testing.assert_close(out[:, t], x[:, t] + torch.sigmoid(torch.tensor(0.5)) * extra)
+
+
+def test_smear_gate_can_stop_at_document_starts():
+    smear = SmearGate(model_config())
+    x, starts = torch.randn(1, 4, 512), torch.tensor([[True, False, True, False]])
+    masked, plain = smear(x, starts), smear(x)
+    torch.testing.assert_close(masked[0, 2], 0.5 * x[0, 2])
+    torch.testing.assert_close(plain[0, 2], 0.5 * (x[0, 1] + x[0, 2]))
+    assert torch.equal(masked[0, 1], plain[0, 1])
+
+
+def test_recurrence_in_place_repeats_a_block_where_it_stands():
+    values = {
+        "vocab_size": 64, "num_layers": 3, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 8, "xsa": 0,
+        "bigram": {"vocab_size": 0}, "unet_skips": False, "value_embedding": {"layers": []},
+    }  # fmt: skip
+    once = GPT(model_config(**values))
+    fill_hashed(once)
+    outputs = {}
+    tokens = torch.arange(20)[None]
+    for place in ("after", "in_place"):
+        twice = GPT(model_config(**values, recurrence=[1], recurrence_place=place))
+        twice.load_state_dict(once.state_dict())
+        x0 = x = once.smear(rms_norm(once.tok_emb(tokens)))
+        for i in [0, 1, 1, 2] if place == "in_place" else [0, 1, 2, 1]:
+            x, _ = once.blocks[i](x, x0)
+        outputs[place] = twice.hidden(tokens)
+        torch.testing.assert_close(outputs[place], rms_norm(x))
+    assert not torch.allclose(outputs["after"], outputs["in_place"], atol=1e-3)
+
+
+def test_multi_token_prediction_trains_heads_that_are_not_exported():
+    values = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "num_layers": 2, "mtp": {"num_heads": 2}}
+    model = initialise(GPT(model_config(**values, xsa=1)), seed=1)
+    with torch.no_grad():
+        for head in model.mtp_heads:
+            head.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    tokens, targets = hashed_batch(2, 32)
+    x = model.hidden(tokens)
+    extra = 0.0
+    for ahead, head in enumerate(model.mtp_heads, start=1):
+        logits = 30 * torch.tanh(x @ head.weight.T / 30)
+        pairs = [-logits[b, t].log_softmax(-1)[targets[b, t + ahead]] for b in range(2) for t in range(32 - ahead)]
+        extra += torch.stack(pairs).mean() / 2
+    with torch.no_grad():
+        gap = model.train().loss(tokens, targets) - model.eval().loss(tokens, targets)
+    assert gap.item() == pytest.approx(0.2 * extra.item(), abs=1e-4)
+    bare = GPT(exported(model.config))
+    bare.load_state_dict(exported_state(model))
+    assert torch.equal(bare(tokens), model(tokens))
+
+
 @pytest.mark.parametrize(
-    "values", [{}, REFINERS, {"gated_attention": True, "value_residual": True, "recurrence": [0, 2]}]
+    "values",
+    [
+        {},
+        {**REFINERS, "ttt_linear": {"enabled": True, "num_heads": 4}},
+        {"gated_attention": True, "value_residual": "lambda", "recurrence": [0, 2]},
+        {"canon": {"last_n": 2}, "depth_gate": True, "value_residual": "alpha", "native_flow": {"enabled": True}},
+        {"bigram": {"vocab_size": 64, "dim": 16, "trigram": True}, "smear_document_mask": True, "unet_skips": False},
+    ],
 )
 def test_causal_to_the_bit_and_rows_are_separate(values):
     config = model_config(
         vocab_size=64, num_layers=4, model_dim=64, num_heads=4, num_kv_heads=2, rope_dims=8, xsa=2,
-        bigram={"vocab_size": 64, "dim": 16}, value_embedding={"dim": 16},
-        **{**values, **({"ttt_linear": {"enabled": True, "num_heads": 4}} if "flow" in values else {})},
+        **{"bigram": {"vocab_size": 64, "dim": 16}, "value_embedding": {"dim": 16}, **values},
     )  # fmt: skip
     model = GPT(config).eval()
     fill_hashed(model)

@@ -96,7 +96,7 @@ def test_batched_muon_equals_one_matrix_at_a_time():
 
 def test_every_parameter_is_in_exactly_one_group():
     refiners = {"model.ttt_linear.enabled": True, "model.flow.enabled": True, "model.ttt_linear.num_heads": 4}
-    gates = {"model.gated_attention": True, "model.value_residual": True, "model.tie_embeddings": False}
+    gates = {"model.gated_attention": True, "model.value_residual": "lambda", "model.tie_embeddings": False}
     for values in ({}, refiners, gates):
         model = GPT(load_config("quickstart", overrides=values).model)
         groups = parameter_groups(model)

@@ -11,9 +11,9 @@ from typing import Any
 
 import nbformat
 import pytest
-from fixture_project import Project, notebook
 
 import golfbook
+from fixture_project import Project, notebook
 from golfbook import estimates
 from golfbook.config import load_config, preset_names
 from golfbook.errors import GolfbookError, RunError
@@ -48,7 +48,10 @@ def test_a_variant_changes_single_keys_of_the_shared_overrides(project: Project)
     first, second = made.runs[0].config, made.runs[1].config
     assert (first.train.steps, second.train.steps) == (20, 30)
     assert first.train.warmdown_steps == second.train.warmdown_steps == 10
-    assert second.model.bigram.dim == 16 and second.model.bigram.vocab_size == load_config("quickstart").model.bigram.vocab_size
+    assert (
+        second.model.bigram.dim == 16
+        and second.model.bigram.vocab_size == load_config("quickstart").model.bigram.vocab_size
+    )
     assert made.runs[1].overrides == {"train.steps": 30, "train.warmdown_steps": 10, "model.bigram.dim": 16}
 
 

@@ -50,8 +50,8 @@ def test_published_outputs_exactly(name, scheme):
     assert error == pytest.approx(float(data[f"{name}/{scheme}/mse"]), rel=1e-5)
 
 
-# PR 1166/1170 specification: tag, scheme, q[0, :8], sum q, sum |q|, scale[:3], mean squared error. Its "S2" schemes have
-# no clip search; the value -qmax-1 that they admit is not reached.
+# PR 1166/1170 specification: tag, scheme, q[0, :8], sum q, sum |q|, scale[:3], mean squared error. Schemes without a
+# search are those of PR 1170; the value -qmax-1 that they admit is not reached.
 SMALL, BIG = ("quant_small", 0.6), ("quant_big", 3.0)
 TABLE = [
     (SMALL, "int6", "-18 14 3 -4 10 2 0 0", -66, 37284, [0.032257080] * 3, 7.128998e-05),

@@ -123,7 +123,8 @@ def test_score_equals_the_per_window_loop(targets, size, batch):
     nll = score(model, tokens, window=window, stride=stride, batch_windows=batch)
     assert nll.dtype == np.float32 and nll.shape == (targets,)
     assert model.head_rows == targets  # only scored positions reach the head, each once
-    assert len({x.shape for x in model.inputs}) == 1 and model.inputs[0].shape[1] == window
+    assert len({x.shape for x in model.inputs}) == 1
+    assert model.inputs[0].shape[0] <= batch and model.inputs[0].shape[1] == window
     np.testing.assert_allclose(nll, by_hand(model, tokens, window, stride), atol=2e-5)
 
 
@@ -175,6 +176,7 @@ def test_batch_size_and_head_chunk_change_only_rounding(small_gpt, monkeypatch):
     """float32 sums in another order: no loss moves by more than 2e-5 nats."""
     tokens = random_tokens(400, 16)
     one = score(small_gpt, tokens, window=32, stride=8, batch_windows=1)
+    monkeypatch.setattr(scoring, "CPU_TOKENS", 100 * 32)
     for batch in (2, 7, 100):
         np.testing.assert_allclose(
             score(small_gpt, tokens, window=32, stride=8, batch_windows=batch), one, atol=2e-5, rtol=0
@@ -190,6 +192,12 @@ def test_batch_size_and_head_chunk_change_only_rounding(small_gpt, monkeypatch):
     monkeypatch.setattr(scoring, "HEAD_LOGITS", 5 * 16)
     np.testing.assert_allclose(score(small_gpt, tokens, window=32, stride=8), one, atol=2e-5, rtol=0)
     assert max(rows) == 5 and sum(rows) == 399
+
+
+def test_passes_on_a_cpu_stay_small():
+    model = RunningMean()
+    score(model, random_tokens(5001, 13), window=256, stride=64, batch_windows=1000)
+    assert {x.numel() for x in model.inputs} == {scoring.CPU_TOKENS}
 
 
 def test_modes_come_back_and_gradients_still_flow(small_gpt):
@@ -219,11 +227,11 @@ def test_modes_come_back_and_gradients_still_flow(small_gpt):
 
 def test_clear_errors():
     model, tokens = RunningMean(), random_tokens(20, 13)
-    with pytest.raises(ConfigError, match="score.stride must be from 1 to the window of 4 tokens, got 5"):
+    with pytest.raises(ConfigError, match=r"score\.stride must be from 1 to the window of 4 tokens, got 5"):
         score(model, tokens, window=4, stride=5)
-    with pytest.raises(ConfigError, match="score.window"):
+    with pytest.raises(ConfigError, match=r"score\.window"):
         score(model, tokens, window=0, stride=1)
-    with pytest.raises(ConfigError, match="score.batch_windows"):
+    with pytest.raises(ConfigError, match=r"score\.batch_windows"):
         score(model, tokens, window=4, stride=2, batch_windows=0)
     for few in (tokens[:1], tokens[:0]):
         with pytest.raises(DataError, match="fewer than two tokens"):

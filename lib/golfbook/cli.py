@@ -17,15 +17,16 @@ import typer
 from rich.console import Console
 
 from golfbook import __version__
-from golfbook.errors import ArtifactError, ConfigError, DataError, GolfbookError, RunError
+from golfbook.errors import ConfigError, GolfbookError, RunError
 
 if TYPE_CHECKING:
     from golfbook.artifact import Artifact
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -52,8 +53,8 @@ def root(
 ) -> None:
     """A workbook for very small language models: train, quantise and score them from notebooks, over many seeds.
 
-    Begin with [bold]golfbook run papermill_jobs/quickstart.yaml[/] (a few minutes on a CPU), or open the notebooks with
-    [bold]golfbook lab[/].
+    Begin with `golfbook run papermill_jobs/quickstart.yaml` (a few minutes on a CPU), or open the notebooks with
+    `golfbook lab`.
     """
     if version:
         print(__version__)
@@ -61,8 +62,7 @@ def root(
 
 
 @app.command(
-    epilog="Examples: [bold]golfbook run papermill_jobs/quickstart.yaml[/]   "
-    "[bold]golfbook run my_job.yaml --workers 1 --dry-run[/]"
+    epilog="Examples: `golfbook run papermill_jobs/quickstart.yaml`, `golfbook run my_job.yaml --workers 1 --dry-run`"
 )
 def run(
     job: Annotated[
@@ -101,7 +101,7 @@ def run(
         raise typer.Exit(FAILED)
 
 
-@app.command(epilog="Examples: [bold]golfbook status[/]   [bold]golfbook status quickstart[/]")
+@app.command(epilog="Examples: `golfbook status`, `golfbook status quickstart`")
 def status(
     study: Annotated[str | None, typer.Argument(help="A study; without one, all studies are listed.")] = None,
 ) -> None:
@@ -124,7 +124,7 @@ def status(
     reports.show_study(console, study)
 
 
-@app.command(epilog="Example: [bold]golfbook collect quickstart[/]")
+@app.command(epilog="Example: `golfbook collect quickstart`")
 def collect(study: Annotated[str, typer.Argument(help="Name of a study: a folder under runs/.")]) -> None:
     """Gather the results of a study into results.parquet (a row a run) and metrics.parquet (a row a point)."""
     from golfbook import reports, results
@@ -138,7 +138,7 @@ def collect(study: Annotated[str, typer.Argument(help="Name of a study: a folder
     console.print(f"{len(frame)} runs")
 
 
-@app.command(epilog="Examples: [bold]golfbook presets[/]   [bold]golfbook presets quickstart[/]")
+@app.command(epilog="Examples: `golfbook presets`, `golfbook presets quickstart`")
 def presets(
     name: Annotated[str | None, typer.Argument(help="Show one preset by groups of parameters.")] = None,
 ) -> None:
@@ -165,9 +165,7 @@ def presets(
     console.print(table)
 
 
-@app.command(
-    epilog="Example: [bold]golfbook score runs/quickstart/RUN/artifact.golf --text my_notes.txt --stride 64[/]"
-)
+@app.command(epilog="Example: `golfbook score runs/quickstart/RUN/artifact.golf --text my_notes.txt --stride 64`")
 def score(
     artifact: Annotated[Path, typer.Argument(help="An artifact.golf file.", metavar="ARTIFACT")],
     text: Annotated[Path, typer.Option("--text", help="A .txt or .jsonl file, or a folder of them.")],
@@ -183,10 +181,6 @@ def score(
     The tokenizer lies beside the artifact and is checked against the hash inside it; as in the challenge, its bytes do
     not count towards the size. The bytes that divide are the UTF-8 bytes of the text as it is in the file.
     """
-    for path in (artifact, text):
-        if not path.exists():
-            kind = ArtifactError if path is artifact else DataError
-            raise kind(f"there is no {path}")
     from golfbook import artifact as artifacts
     from golfbook import reports
 
@@ -194,7 +188,7 @@ def score(
     reports.show_score(Console(), _score(artifact, loaded, text, stride, window, tokenizer, text_field))
 
 
-@app.command(epilog="Example: [bold]golfbook lab --port 8890[/]")
+@app.command(epilog="Example: `golfbook lab --port 8890`")
 def lab(
     port: Annotated[int, typer.Option(help="First port to try.")] = 8888,
     browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
@@ -225,30 +219,32 @@ def _score(
     import numpy as np
 
     from golfbook import artifact as artifacts
-    from golfbook import corpus, scoring
+    from golfbook import corpus, documents, scoring
+    from golfbook.config import BudgetConfig
 
     pieces = artifacts.find_tokenizer(path, artifact, tokenizer)
     window = window or artifact.train_window
     if stride > window:
         raise ConfigError(f"--stride {stride} is more than the window of {window} tokens")
-    documents = corpus.read_documents(text, field)
-    tokens, token_bytes, total_bytes = corpus.encode_for_scoring(pieces, documents)
+    texts = documents.read_documents(text, field)
+    tokens, token_bytes, total_bytes = corpus.encode_for_scoring(pieces, texts)
     started = time.monotonic()
     nll = scoring.score(artifact.build(), tokens, window=window, stride=stride)
     seconds = time.monotonic() - started
     values: dict[str, Any] = scoring.summarize(nll, total_bytes)
     lost = total_bytes - int(np.sum(token_bytes, dtype=np.int64))
-    report = artifacts.size_report(artifact.bytes, 16_000_000)
+    report = artifacts.size_report(artifact.bytes, BudgetConfig().limit_bytes)
     return {
         "bits per byte": f"{values['val_bpb']:.6f}",
         "loss (nats a token)": f"{values['val_loss']:.6f}",
         "tokens": f"{values['tokens']:,}",
-        "bytes": f"{total_bytes:,} in {len(documents):,} documents",
+        "bytes": f"{total_bytes:,} in {len(texts):,} documents",
         "normalisation": f"{lost:,} of these bytes are in no token ({lost / total_bytes:.4%}); they count all the same",
         "window, stride": f"{window}, {stride}",
         "seconds": f"{seconds:.1f}",
         "tokenizer": f"{pieces.path} (not counted in the size, as in the challenge)",
-        "artifact": f"{artifact.bytes:,} bytes; with {report['code_bytes']:,} bytes of code {report['total_bytes']:,}",
+        "artifact": f"{artifact.bytes:,} bytes; with {report['code_bytes']:,} bytes of code {report['total_bytes']:,}, "
+        f"{'within' if report['within_budget'] else 'OVER'} the limit of {report['limit_bytes']:,}",
     }
 
 

@@ -117,7 +117,11 @@ def estimate(config: Config, stages: Iterable[str], history: History) -> Estimat
     }
     wanted = [stage for stage in STAGES if stage in set(stages)]
     known = [trained is not None, *([scored is not None] if len(wanted) > 1 else [])]
-    origin = "the speed of earlier runs here" if all(known) else f"a rule of thumb ({rule / 1e9:.0f} billion operations a second)"
+    origin = (
+        "the speed of earlier runs here"
+        if all(known)
+        else f"a rule of thumb ({rule / 1e9:.0f} billion operations a second)"
+    )
     if any(known) and not all(known):
         origin = "partly the speed of earlier runs here, partly a rule of thumb"
     return Estimate({stage: NOTEBOOK_SECONDS + seconds[stage] for stage in wanted}, _memory(config, size), origin)

@@ -212,12 +212,10 @@ def schedule_of(train: TrainConfig) -> Picture:
 
 @styled
 def singular_values(before: ArrayLike, after: Sequence[ArrayLike], *, name: str = "") -> Picture:
-    """Singular values of a gradient and of its orthogonalisation after 1, 2, ... Newton-Schulz steps (largest first)."""
+    """Singular values of a gradient and of what 1, 2, ... Newton-Schulz steps make of it, largest first."""
     first = np.asarray(before, float)
     figure, (left, right) = new(2, height=3.6)
-    left.plot(
-        np.arange(1, len(first) + 1), np.maximum(first / first[0], 1e-6), color=GREY, label="gradient"
-    )
+    left.plot(np.arange(1, len(first) + 1), np.maximum(first / first[0], 1e-6), color=GREY, label="gradient")
     colours = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.85, len(after)))
     for step, (values, colour) in enumerate(zip(after, colours, strict=True), start=1):
         one = np.maximum(np.asarray(values, float), 1e-6)

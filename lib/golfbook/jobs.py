@@ -71,10 +71,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Progress:
-    """A moment of a job: share done of all work, expected seconds left (None: unknown yet), and one text a busy run."""
+    """A moment of a job: share done of all work, expected seconds left, seconds so far, and one text a busy run."""
 
     fraction: float
-    seconds_left: float | None
+    seconds_left: float
     seconds: float
     busy: tuple[str, ...]
 
@@ -143,6 +143,7 @@ class _Job:
             count = plan.runs[0].config.train.processes
             self.slots.put([gpus[(slot * count + i) % len(gpus)] for i in range(count)] if gpus else [])
         self.at_start = self._fraction()
+        self.planned_seconds = plan.remaining_seconds() + FIGURE_SECONDS * len(plan.figures)
 
     def execute_runs(self) -> None:
         """Work through all runs; returns when every one has ended."""
@@ -321,7 +322,10 @@ class _Job:
     def _tell(self) -> None:
         fraction, seconds = self._fraction(), time.monotonic() - self.started
         gained = fraction - self.at_start
-        left = seconds * (1 - fraction) / gained if gained > 0.02 else None
+        left = max(0.0, self.planned_seconds - seconds)
+        if gained > 0:  # trust the plan at first, then more and more what is seen
+            trust = min(1.0, 3 * gained / (1 - self.at_start))
+            left = (1 - trust) * left + trust * seconds * (1 - fraction) / gained
         busy = []
         for status in self.statuses:
             if status.state == "running":

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from golfbook.config import ModelConfig
 from golfbook.layers import BigramHash, Block, SmearGate, ValueEmbedding, rms_norm
-from golfbook.refiners import FlowRefiner, TTTLinear
+from golfbook.refiners import FlowRefiner, NativeFlowMatcher, TTTLinear
+from golfbook.settings import MTPConfig
+
+BOS_ID = 1  # the id that starts every document, in the challenge's tokenizer and in ours
 
 
 class GPT(nn.Module):
@@ -42,34 +45,56 @@ class GPT(nn.Module):
             self.ttt_refiner = TTTLinear(config)
         if config.flow.enabled:
             self.flow_refiner = FlowRefiner(config)
+        if config.native_flow.enabled:
+            self.native_flow = NativeFlowMatcher(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(dim, config.vocab_size, bias=False)
+        if config.mtp.num_heads:
+            self.mtp_heads = nn.ModuleList(
+                nn.Linear(dim, config.vocab_size, bias=False) for _ in range(config.mtp.num_heads)
+            )
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Map token ids (B, T) int64 to the refined final state (B, T, D) that the output head reads."""
+        x = self._refine(self._trunk(tokens))
+        return x + self.native_flow(x) if self.config.native_flow.enabled else x
+
+    def _trunk(self, tokens: Tensor) -> Tensor:
         config = self.config
         x = self.tok_emb(tokens)
         if config.bigram.vocab_size:
             x = x + self.bigram(tokens)
         x = rms_norm(x)
         if config.smear:
-            x = self.smear(x)
+            x = self.smear(x, tokens == BOS_ID if config.smear_document_mask else None)
         x0 = x
         embeddings = self._value_embeddings(tokens)
+        again = config.recurrent_layers
         first: Tensor | None = None
         stack: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
+
+        def run(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.blocks[i](x, x0, embeddings.get(i), first if i else None)
+
+        for i in range(config.num_layers):
             j = i - self.encoder_layers
             if j >= 0 and stack:
                 x = x + self.skip_weights[j].to(x.dtype) * stack.pop()
-            x, values = block(x, x0, embeddings.get(i), first)
-            if config.value_residual and first is None:
+            x, values = run(i, x)
+            if config.value_residual != "none" and i == 0:
                 first = values
+            if config.recurrence_place == "in_place":
+                for _ in range(again.count(i)):
+                    x, _ = run(i, x)
             if j < 0 and config.unet_skips:
                 stack.append(x)
-        for i in config.recurrent_layers:
-            x, _ = self.blocks[i](x, x0, embeddings.get(i), first if i else None)
-        x = rms_norm(x)
+        if config.recurrence_place == "after":
+            for i in again:
+                x, _ = run(i, x)
+        return rms_norm(x)
+
+    def _refine(self, x: Tensor) -> Tensor:
+        config = self.config
         if config.ttt_linear.enabled:
             x = x + self.ttt_refiner(x)
         if config.flow.enabled:
@@ -78,7 +103,9 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map states (..., D) to soft-capped float32 logits (..., V): ``cap * tanh(z / cap)``."""
-        head = self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
+        return self._softcapped(hidden, self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight)
+
+    def _softcapped(self, hidden: Tensor, head: Tensor) -> Tensor:
         cap = self.config.logit_softcap
         return cap * torch.tanh(F.linear(hidden, head.to(hidden.dtype)).float() / cap)
 
@@ -87,8 +114,25 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T); float32 scalar."""
-        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+        """Mean cross-entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T); float32 scalar.
+
+        In training mode the auxiliary losses are added: flow matching and multi-token prediction, each by its weight.
+        """
+        config = self.config
+        x = self._refine(self._trunk(tokens))
+        auxiliary = torch.zeros((), device=x.device)
+        if config.native_flow.enabled:
+            if self.training:
+                auxiliary = config.native_flow.loss_weight * self.native_flow.matching_loss(x)
+            x = x + self.native_flow(x)
+        if config.mtp.num_heads and self.training:
+            heads = [self._mtp_loss(x, targets, ahead) for ahead in range(1, config.mtp.num_heads + 1)]
+            auxiliary = auxiliary + config.mtp.loss_weight * torch.stack(heads).mean()
+        return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten()) + auxiliary
+
+    def _mtp_loss(self, x: Tensor, targets: Tensor, ahead: int) -> Tensor:
+        logits = self._softcapped(x[:, :-ahead], self.mtp_heads[ahead - 1].weight)
+        return F.cross_entropy(logits.flatten(0, 1), targets[:, ahead:].flatten())
 
     def _value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
         layers = self.config.value_embedding_layers
@@ -109,27 +153,43 @@ def initialise(model: GPT, seed: int) -> GPT:
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
-    zero = {"attn.proj", "mlp.proj", "attn.attn_gate", "lm_head", "ttt_refiner.o_proj", "flow_refiner.velocity_net.2"}
+    zero = {"attn.proj", "mlp.proj", "attn.attn_gate", "dtg_gate", "lm_head", "ttt_refiner.o_proj"}
+    zero |= {"flow_refiner.velocity_net.2", "native_flow.v_out"}
+    biases = {"attn.attn_gate": 4.0, "dtg_gate": 2.0}
+    small = {"flow_refiner": config.flow.init_scale, "native_flow": config.native_flow.init_scale}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             role = name.split(".", 2)[2] if name.startswith("blocks.") else name
             if module.bias is not None:
-                module.bias.fill_(4.0 if role == "attn.attn_gate" else 0.0)
-            if role in zero:
+                module.bias.fill_(biases.get(role, 0.0))
+            owner = role.split(".")[0]
+            if role in zero or owner == "mtp_heads":
                 module.weight.zero_()
-            elif role.startswith("flow_refiner.") and min(module.weight.shape) < 64:
+            elif owner in small and min(module.weight.shape) < 64:
                 # the published final sweep turns only matrices of at least 64 x 64 orthogonal
-                module.weight.normal_(0.0, config.flow.init_scale, generator=generator)
+                module.weight.normal_(0.0, small[owner], generator=generator)
             else:
                 nn.init.orthogonal_(module.weight, generator=generator)
     model.tok_emb.weight.normal_(0.0, config.tied_embed_init_std, generator=generator)
     if config.bigram.vocab_size:
         model.bigram.embed.weight.zero_()
+        if config.bigram.scaled_init:
+            model.bigram.proj.weight.mul_((2 * config.num_layers) ** -0.5)
     if config.value_embedding_layers:
         model.ve_shared.embed.weight.normal_(0.0, 0.01, generator=generator)
     if config.ttt_linear.enabled:
         model.ttt_refiner.W1.normal_(0.0, 0.02, generator=generator)
     return model
+
+
+def exported(config: ModelConfig) -> ModelConfig:
+    """The architecture without what only training uses: the heads of multi-token prediction."""
+    return config.model_copy(update={"mtp": MTPConfig()})
+
+
+def exported_state(model: GPT) -> dict[str, Tensor]:
+    """The model's tensors that :func:`exported` needs, by name."""
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("mtp_heads.")}
 
 
 def parameter_table(config: ModelConfig) -> dict[str, int]:

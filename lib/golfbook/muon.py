@@ -16,6 +16,7 @@ from golfbook.config import TrainConfig
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NORM_EPS = 1e-7
+BLOCK_MATRICES = (*(f"attn.{n}.weight" for n in ("c_q", "c_k", "c_v", "proj")), "mlp.fc.weight", "mlp.proj.weight")
 
 
 def newton_schulz(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -96,17 +97,16 @@ def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
     """Names of the parameters each optimiser trains: ``matrix``, ``embed``, ``scalar`` and ``head``.
 
     PR 1166 section 14.1: block matrices by Muon, the three tables by AdamW at the embedding rate, an untied head by
-    Adam, everything else (vectors, scalars, small projections, refiners) by AdamW at the scalar rate.
+    Adam, heads of multi-token prediction by Muon (as PR 1170 does; PR 1166's code forgets them), everything else
+    (vectors, scalars, small projections, refiners) by AdamW at the scalar rate.
     """
     groups: dict[str, list[str]] = {"matrix": [], "embed": [], "scalar": [], "head": []}
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         if name in ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight"):
             groups["embed"].append(name)
         elif name == "lm_head.weight":
             groups["head"].append(name)
-        elif (
-            name.startswith("blocks.") and parameter.ndim == 2 and not name.endswith(("resid_mix", "attn_gate.weight"))
-        ):
+        elif name.startswith("mtp_heads.") or name.split(".", 2)[-1] in BLOCK_MATRICES:
             groups["matrix"].append(name)
         else:
             groups["scalar"].append(name)

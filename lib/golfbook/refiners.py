@@ -1,10 +1,12 @@
-"""Modules that refine the normalised state just before the output head: TTT-Linear and FlowRefiner (PR 1166).
+"""Modules that refine the normalised state just before the output head: TTT-Linear, FlowRefiner, NativeFlowMatcher.
 
 "TTT-Linear" is an architecture: a layer whose weights take gradient steps inside the forward pass. It is not the
 test-time training of whole models on text that has been scored already.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -81,3 +83,48 @@ class FlowRefiner(nn.Module):
         """Map (B, T, D) to the correction (B, T, D) that is added to ``x``."""
         z = self.down_proj(x)
         return torch.sigmoid(self.gate) * self.up_proj(z + self.velocity_net(z))
+
+
+class NativeFlowMatcher(nn.Module):
+    """Velocity field ``v(x, t) = W_out gelu(W_in x + b_in + gelu(W_t e(t) + b_t))`` (PR 1170 section 10).
+
+    The correction is one Euler step at t = 1, ``sigmoid(gate) v(x, 1)``. Training adds the conditional flow-matching
+    loss along ``x_t = (1-t) z + t x``. At t = 1 that loss has its optimum at v = x, so it pulls the correction towards
+    a mere rescaling; the published runs were worse with it.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim, hidden = config.model_dim, config.native_flow.hidden_dim
+        self.dim = dim
+        self.gate = nn.Parameter(torch.tensor(-5.0))
+        self.time_proj = nn.Sequential(nn.Linear(dim, hidden), nn.GELU())
+        self.v_in = nn.Linear(dim, hidden)
+        self.v_out = nn.Linear(hidden, dim, bias=False)
+
+    def time_embedding(self, t: Tensor) -> Tensor:
+        """Map times (...) to ``[sin(t f_k), cos(t f_k)]`` (..., D), f_k from 1 down to 1/10000, in float32."""
+        half = self.dim // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device) / max(half - 1, 1)
+        angles = t.float().unsqueeze(-1) * torch.exp(-math.log(10000.0) * steps)
+        return F.pad(torch.cat((angles.sin(), angles.cos()), dim=-1), (0, self.dim % 2))
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """Velocity (B, T, D) at states ``x`` (B, T, D) and times ``t`` that broadcast to (B, T)."""
+        time = self.time_proj(self.time_embedding(t).to(x.dtype))
+        return self.v_out(F.gelu(self.v_in(x) + time))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to the correction (B, T, D) that is added to ``x``."""
+        return torch.sigmoid(self.gate) * self.velocity(x, torch.ones((), device=x.device))
+
+    def matching_loss(self, x: Tensor, t: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+        """Mean squared error of the velocity at random times against ``x - z``; float32 scalar, no gradient to ``x``.
+
+        ``t`` (B, T) and ``z`` (B, T, D) are drawn from torch's global generator where not given.
+        """
+        x = x.detach().float()
+        t = torch.rand(x.shape[:2], device=x.device) if t is None else t
+        z = torch.randn_like(x) if z is None else z
+        path = (1 - t).unsqueeze(-1) * z + t.unsqueeze(-1) * x
+        return (self.velocity(path, t).float() - (x - z)).square().mean()

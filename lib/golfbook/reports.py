@@ -61,7 +61,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     table.add_column("seed", justify="right")
     table.add_column("changes to the preset")
     for stage in plan.stages:
-        table.add_column(stage)
+        table.add_column(stage.replace("_", " "))
     for run in plan.runs:
         changes = Text(", ".join(f"{key}={value}" for key, value in run.overrides.items()) or "none")
         states = [MARKS["done"] if run.finished(s) else _unfinished(run.run.state(s)) for s in plan.stages]
@@ -103,13 +103,13 @@ def show_report(console: Console, report: Report) -> None:
     for status in report.runs:
         if status.state == "failed":
             first, *rest = (status.message or "unknown cause").splitlines()
-            console.print(Text(f"FAILED {status.planned.name}, {status.stage}: {first}", style="red"))
-            console.print(Text("\n".join(rest))) if rest else None
-            console.print(Text(f"    log: {status.log}"))
+            console.print(Text(f"FAILED {status.planned.name}, {status.stage}: {first}", style="red"), soft_wrap=True)
+            for line in (*rest, f"    log: {status.log}"):
+                console.print(Text(line), soft_wrap=True)
     for figure in report.figures:
         if figure.state == "failed":
-            console.print(Text(f"FAILED figure {figure.name}: {figure.message}", style="red"))
-            console.print(Text(f"    log: {figure.log}"))
+            console.print(Text(f"FAILED figure {figure.name}: {figure.message}", style="red"), soft_wrap=True)
+            console.print(Text(f"    log: {figure.log}"), soft_wrap=True)
         elif figure.state == "skipped":
             console.print(f"Figure {figure.name} was not drawn: {figure.message}.")
     places = [
@@ -161,7 +161,7 @@ def show_study(console: Console, study: str, order: list[str] | None = None, onl
         failed = sum(any(row[f"{s}_state"] == "failed" for s in STAGES) for row in mine)
         remark = f"[red]{failed} failed[/]" if failed else ""
         if stage not in (None, STAGES[-1]):
-            remark = f"{remark} after {stage}".strip()
+            remark = ", ".join(filter(None, (remark, f"BPB after {stage}")))
         size_text = _mean_text([row["artifact_bytes"] for row in mine if "artifact_bytes" in row])
         seconds = [sum(row[k] for k in SECONDS if k in row) for row in mine if any(k in row for k in SECONDS)]
         table.add_row(variant, str(summary.n), spread_text(summary), size_text, _mean_text(seconds), remark)
@@ -188,7 +188,7 @@ def show_status(console: Console, study: str) -> None:
                 failures.append(f"{run.path.name}, {stage}: {str(message).splitlines()[0]}")
     console.print(table)
     for failure in failures:
-        console.print(Text(failure, style="red"))
+        console.print(Text(failure, style="red"), soft_wrap=True)
 
 
 def _show_context(console: Console, found: list[dict[str, Any]]) -> None:
@@ -236,8 +236,6 @@ class _Lines:
 
 
 def _clock(progress: Progress) -> str:
-    if progress.seconds_left is None:
-        return f"{duration(progress.seconds)}, estimating"
     return f"{duration(progress.seconds)}, about {duration(progress.seconds_left)} left"
 
 

@@ -24,6 +24,7 @@ from golfbook.errors import ConfigError, DataError, RunError
 from golfbook.model import GPT
 
 HEAD_LOGITS = 2**22  # logits that exist at the same time: 16 MiB in float32, whatever the vocabulary
+CPU_TOKENS = 2048  # tokens of one pass on a CPU: more windows at once outgrow its caches and are slower
 Progress = Callable[[int, int], None]
 
 
@@ -90,8 +91,9 @@ def score(
 ) -> NDArray[np.float32]:
     """Return the negative log-probability of every target, (n,) float32 in nats, for ``tokens`` (n + 1,).
 
-    ``batch_windows`` is the largest number of windows of one forward pass; it changes speed and the order of float32
-    operations, nothing else. See :func:`score_windows` for the other arguments and the errors.
+    ``batch_windows`` is the largest number of windows of one forward pass (a CPU takes fewer where they are long); it
+    changes speed and the order of float32 operations, nothing else. See :func:`score_windows` for the other arguments
+    and the errors.
     """
     tokens = _check_tokens(model, tokens)
     windows = plan_windows(len(tokens) - 1, window, stride)
@@ -126,6 +128,8 @@ def score_windows(
         model.to(device)
     place = next(model.parameters()).device
     total = len(windows)
+    if place.type == "cpu":
+        batch_windows = min(batch_windows, max(1, CPU_TOKENS // window))
     batches = -(-total // batch_windows)
     rows = -(-total // batches)  # equal batches: at most `batches - 1` rows are padding
     stream = np.zeros(max(len(tokens), int(windows.starts.max()) + window), dtype=np.int32)

@@ -47,14 +47,14 @@ def parameters(counts: Mapping[str, int], *, title: str = "") -> Picture:
 
 def _histogram(axes: Axes, weights: NDArray[np.float64], scale: float, qmax: int, clip: float) -> None:
     reach = max(float(np.abs(weights).max()), clip) * 1.08
+    outside = float((np.abs(weights) > clip + scale / 2).mean())  # farther off than rounding alone would put them
     axes.hist(weights, bins=81, range=(-reach, reach), color=SKY)
     levels = np.arange(-qmax, qmax + 1) * scale
     inside = levels[np.abs(levels) <= reach]
     axes.vlines(inside, 0, 0.045, transform=axes.get_xaxis_transform(), color=RED, linewidth=1.0)
     for sign in (-1, 1):
-        if clip < reach / 1.0801:
+        if outside:
             axes.axvline(sign * clip, color=ORANGE, linestyle="--")
-    outside = float((np.abs(weights) > clip * (1 + 1e-9)).mean())
     used = int(min(qmax, np.ceil(np.abs(weights).max() / scale - 0.5)) * 2 + 1)
     axes.set(xlabel="weight", ylabel="how many", xlim=(-reach, reach))
     axes.set_title(
@@ -110,10 +110,14 @@ def bits_curve(table: pd.DataFrame) -> Picture:
         right.plot(rows["bits"], rows["entropy_bits"], marker="o", color=colour, label=str(clip))
     bits = sorted(set(table["bits"]))
     right.plot(bits, bits, color=GREY, linestyle=":", label="bits = entropy")
-    left.set(yscale="log", ylabel="error (% of RMS, log scale)", title="Each bit halves the error")
+    left.set(
+        yscale="log",
+        ylabel="error (% of RMS, log scale)",
+        title="One bit more halves the error,\nunless clipping makes up most of it",
+    )
     left.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     left.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    right.set(ylabel="entropy (bits per weight)", title="... and costs about one bit of entropy")
+    right.set(ylabel="entropy (bits per weight)", title="... and costs about\none bit of entropy")
     for axes in (left, right):
         axes.set(xlabel="bits of the grid", xticks=bits)
         axes.legend(title="clip", fontsize=9)
@@ -172,16 +176,18 @@ def entropy_bytes(table: pd.DataFrame) -> Picture:
 
 
 @styled
-def pairs(table: pd.DataFrame, *, label: str, title: str, digits: int = 3) -> Picture:
-    """Plain bars of the columns ``name`` and ``value`` with the numbers above them."""
-    figure, (axes,) = new(width=max(5.0, 1.5 + 1.5 * len(table)), height=3.5)
-    bars = axes.bar(
-        range(len(table)), table["value"], color=[CYCLE[i % len(CYCLE)] for i in range(len(table))], width=0.6
-    )
-    axes.bar_label(bars, [f"{v:,.{digits}f}" for v in table["value"]], padding=2)
-    axes.set_xticks(range(len(table)), list(table["name"]))
-    axes.margins(y=0.15)
-    axes.set(ylabel=label, title=title)
+def size_quality(table: pd.DataFrame, *, title: str) -> Picture:
+    """Score against size, one labelled dot a row of ``table``: columns ``name``, ``artifact_bytes`` and ``val_bpb``."""
+    figure, (axes,) = new(width=8.5, height=3.8)
+    order = table.sort_values("artifact_bytes")
+    x, y = order["artifact_bytes"] / 1000, order["val_bpb"]
+    for i, (name, left, height) in enumerate(zip(order["name"], x, y, strict=True)):
+        axes.scatter([left], [height], s=70, color=CYCLE[i % len(CYCLE)], zorder=3)
+        axes.annotate(
+            f"{name}\n{height:.4f}, {left:,.0f} kB", (left, height), (8, 6), textcoords="offset points", fontsize=9
+        )
+    axes.margins(x=0.22, y=0.3)
+    axes.set(xlabel="artifact (thousand bytes)", ylabel="bits per byte (lower is better)", title=title)
     return figure
 
 

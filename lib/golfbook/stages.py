@@ -16,7 +16,7 @@ from golfbook import artifact, corpus, launcher, quantization, scoring
 from golfbook.checkpoints import load_model
 from golfbook.errors import ArtifactError, GolfbookError, RunError
 from golfbook.files import atomic_write_bytes, sha256_file
-from golfbook.model import GPT
+from golfbook.model import GPT, exported, exported_state
 from golfbook.runs import STAGES, Run
 from golfbook.training import choose_device
 
@@ -46,13 +46,13 @@ def run_quantization(run: Run) -> dict[str, Any]:
         trained = load_model(run)
         checkpoint_hash = sha256_file(run.checkpoint_path)
         started = time.perf_counter()
-        quantized = quantization.quantize_state(trained.state_dict(), config.quantize)
+        quantized = quantization.quantize_state(exported_state(trained), config.quantize)
         artifact.write_artifact(
-            run.artifact_path, config.model, quantized, data.tokenizer.sha256, config.quantize, config.window
+            run.artifact_path, exported(config.model), quantized, data.tokenizer.sha256, config.quantize, config.window
         )
         seconds = time.perf_counter() - started
         atomic_write_bytes(run.tokenizer_path, data.tokenizer.path.read_bytes())
-        trained.load_state_dict(quantization.dequantize(quantized))
+        trained.load_state_dict(quantization.dequantize(quantized), strict=config.model.mtp.num_heads == 0)
         in_memory = _score(run, trained, data, config.window)
         loaded = artifact.read_artifact(run.artifact_path)
         reloaded = _score(run, loaded.build(), data, config.window)

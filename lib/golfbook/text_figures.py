@@ -241,14 +241,12 @@ def stride_ladder(table: pd.DataFrame) -> Picture:
     for i, value in enumerate(rows["val_bpb"]):
         left.annotate(f"{value:.4f}", (i, value), (0, 8), textcoords="offset points", ha="center", fontsize=9)
     left.margins(x=0.12, y=0.2)
-    left.set(
-        ylabel="bits per byte", title=f"Smaller stride, more context (n = {int(rows['tokens'].iloc[0]):,} targets)"
-    )
+    left.set(ylabel="bits per byte", title=f"Score of n = {int(rows['tokens'].iloc[0]):,} targets")
     cost = rows["tokens_computed"] / rows["tokens"]
     bars = right.bar(x, cost, color=ORANGE, width=0.6)
     right.bar_label(bars, [f"{c:.1f}×" for c in cost], padding=2, fontsize=10)
     right.margins(y=0.15)
-    right.set(ylabel="tokens computed per target", title="... and more work")
+    right.set(ylabel="tokens computed per target", title="Work: half the stride, twice the passes")
     for axes in (left, right):
         axes.set_xticks(x, [str(int(s)) for s in rows["stride"]])
         axes.set(xlabel="stride (targets scored per window)")

@@ -1,0 +1,278 @@
+"""The command line: help, messages, exit statuses, presets, and the score of an artifact."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fixture_project import Project, wait_for
+from golfbook import __version__, cli, reports
+from golfbook.config import load_config
+from golfbook.jobs import Progress
+from golfbook.runs import create_run
+
+DATA = Path(__file__).parent / "data"
+COMMANDS = ("run", "status", "collect", "presets", "score", "lab")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setenv("GOLFBOOK_ROOT", str(tmp_path))
+    monkeypatch.setenv("GOLFBOOK_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(tmp_path)
+    return Project(tmp_path)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Call the command line in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["golfbook", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_each_command_does_with_an_example(
+    command: str, project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, command, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"Usage: golfbook {command}" in text and re.search(rf"Examples?: golfbook {command}", text)
+
+
+def test_bare_call_lists_the_commands(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(monkeypatch)
+    text = capsys.readouterr().out
+    assert all(re.search(rf"│ {command} ", text) for command in COMMANDS)
+    assert "golfbook run papermill_jobs/quickstart.yaml" in text
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "run", "papermill_jobs/job.yaml", "--dry-run", "--workers", "1") == 0
+    text = capsys.readouterr().out
+    assert "model.xsa=0" in text and "6 of 6 stages, 1 runs at a time" in text and "of memory" in text
+    assert not project.runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "none.yaml"), "cannot read none.yaml"),
+        (("collect", "none"), "there is no study 'none'"),
+        (("status", "none"), "there is no study 'none'"),
+        (("presets", "quikstart"), "did you mean 'quickstart'?"),
+        (("score", "none.golf", "--text", "none.txt"), "none.golf"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, tuple) else "",
+)
+def test_mistakes_end_with_status_2_and_no_traceback(
+    arguments: tuple[str, ...],
+    message: str,
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call(monkeypatch, *arguments) == 2
+    output = capsys.readouterr()
+    assert message in output.err and output.err.startswith("golfbook: ") and "Traceback" not in output.err
+    assert output.out == ""
+
+
+def test_a_mistake_in_an_option_ends_with_status_2(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "run", "papermill_jobs/job.yaml", "--workers", "0") == 2
+    assert "--workers" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(project: Project) -> None:
+    for arguments in (("--debug", "run", "none.yaml"), ("run", "none.yaml", "--debug")):
+        done = project.call(*arguments)
+        assert (
+            done.returncode == 1 and "Traceback" in done.stderr and "ConfigError: cannot read none.yaml" in done.stderr
+        )
+    assert "Traceback" not in project.call("run", "none.yaml").stderr
+
+
+def test_status_without_and_with_studies(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "status") == 0
+    assert "No studies yet" in capsys.readouterr().out
+    run = create_run("mine", "base", load_config("quickstart", seed=4))
+    run.write_failure("training", "the disk is full\nmore")
+    assert call(monkeypatch, "status") == 0
+    text = capsys.readouterr().out
+    assert run.path.name in text and "failed" in text
+    assert f"{run.path.name}, training: the disk is full" in text and "more" not in text
+
+
+def test_collect_prints_the_table_and_the_files(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (1, 2, 3):
+        run = create_run("mine", "base", load_config("quickstart", seed=seed))
+        run.checkpoint_path.write_text("x")
+        values = {"val_bpb": 2.0 + seed / 10, "train_seconds": 60.0}
+        run.write_result("training", values, reads={}, writes=run.checkpoint_path)
+    assert call(monkeypatch, "collect", "mine") == 0
+    text = capsys.readouterr().out
+    assert "2.2000 ± 0.1000" in text and "BPB after training" in text and "runs/mine/results.parquet" in text
+
+
+def test_presets(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "presets") == 0
+    text = capsys.readouterr().out
+    assert "25,749,398" in text and "quickstart" in text  # the published count of PR 1166
+    assert call(monkeypatch, "presets", "pr1166") == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    counts = {cells[1].strip(): int(cells[2].replace(",", "")) for cells in rows}
+    assert counts.pop("total") == sum(counts.values()) == 25_749_398
+
+
+def artifact(folder: Path) -> Path:
+    """A tiny quantised model with random weights, and the challenge's tokenizer beside it."""
+    import torch
+
+    from golfbook.artifact import write_artifact
+    from golfbook.files import sha256_file
+    from golfbook.model import GPT, initialise
+    from golfbook.quantization import quantize_state
+
+    torch.set_num_threads(1)
+    config = load_config("quickstart", overrides={"model.num_layers": 2, "model.model_dim": 32, "model.rope_dims": 4})
+    model = initialise(GPT(config.model), 1)
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.write_bytes((DATA / "fineweb_1024_bpe.model").read_bytes())
+    quantized = quantize_state(model.state_dict(), config.quantize)
+    write_artifact(folder / "artifact.golf", config.model, quantized, sha256_file(tokenizer), config.quantize, 64)
+    return folder / "artifact.golf"
+
+
+def scores(text: str) -> dict[str, str]:
+    """Name and value of each printed line; names end where two spaces do."""
+    lines = (re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in text.splitlines())
+    return {parts[0]: parts[1] for parts in lines if len(parts) == 2}
+
+
+def test_score_gives_the_bits_per_byte_of_any_text(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from golfbook.artifact import read_artifact
+    from golfbook.scoring import bits_per_byte, score
+    from golfbook.tokenizer import Tokenizer
+
+    path = artifact(project.root)
+    text = "Bits per byte divide by the bytes of the text — these too: é, 漢字. " * 4
+    (project.root / "mine.txt").write_text(text, encoding="utf-8")
+    assert call(monkeypatch, "score", "artifact.golf", "--text", "mine.txt", "--stride", "16") == 0
+    values = scores(capsys.readouterr().out)
+    tokens = Tokenizer.load(project.root / "tokenizer.model").encode_document(text)
+    nll = score(read_artifact(path).build(), tokens, window=64, stride=16)
+    size = len(text.encode())
+    assert values["bits per byte"] == f"{bits_per_byte(nll, size):.6f}"
+    assert values["tokens"] == str(len(nll)) and values["bytes"] == f"{size} in 1 documents"
+    assert values["window, stride"] == "64, 16" and "not counted in the size" in values["tokenizer"]
+    assert "normalisation" in values and "seconds" in values and f"{path.stat().st_size:,} bytes" in values["artifact"]
+    assert 5 < float(values["bits per byte"]) < 12, "random weights, 1024 pieces"
+
+    (project.root / "mine.jsonl").write_text(json.dumps({"body": text}) + "\n", encoding="utf-8")
+    options = ("--text-field", "body", "--window", "32", "--stride", "32")
+    assert call(monkeypatch, "score", "artifact.golf", "--text", "mine.jsonl", *options) == 0
+    other = scores(capsys.readouterr().out)
+    assert other["window, stride"] == "32, 32" and other["bits per byte"] != values["bits per byte"]
+
+
+def test_score_refuses_what_would_give_a_wrong_number(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = artifact(project.root)
+    (project.root / "mine.txt").write_text("some text")
+    (project.root / "empty.txt").write_text("")
+    (project.root / "other.model").write_bytes((DATA / "fineweb_1024_bpe.model").read_bytes() + b"\x00")
+    flipped = bytearray(path.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (project.root / "flipped.golf").write_bytes(flipped)
+    for arguments, message in (
+        (("artifact.golf", "--text", "mine.txt", "--tokenizer", "other.model"), "is not the tokenizer of"),
+        (("artifact.golf", "--text", "mine.txt", "--stride", "65"), "--stride 65 is more than the window of 64"),
+        (("artifact.golf", "--text", "mime.txt"), "mime.txt"),
+        (("artifact.golf", "--text", "empty.txt"), "empty"),
+        (("flipped.golf", "--text", "mine.txt"), "flipped.golf"),
+    ):
+        assert call(monkeypatch, "score", *arguments) == 2, arguments
+        output = capsys.readouterr()
+        assert message in output.err and "Traceback" not in output.err and output.out == ""
+
+
+def test_lab_listens_on_this_machine_only_and_wants_a_token(project: Project) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = project.root / "lab.log"
+    with log.open("wb") as stream:
+        server = subprocess.Popen(
+            project.command("lab", "--no-browser", "--port", str(port)), env=project.environment(), stdout=stream,
+            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_for(lambda: re.search(r"http://127\.0\.0\.1:\d+/lab\?token=", log.read_text()), "JupyterLab is up")
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/lab\?token=([0-9a-f]{16,})", log.read_text())
+        assert found
+        url = f"http://127.0.0.1:{found[1]}/api/contents"
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(url, timeout=10)
+        with urllib.request.urlopen(f"{url}?token={found[2]}", timeout=10) as answer:
+            names = {entry["name"] for entry in json.load(answer)["content"]}
+        assert "03_training.ipynb" in names
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(20)
+
+
+def test_lab_without_a_notebooks_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOLFBOOK_ROOT", str(tmp_path))
+    assert call(monkeypatch, "lab") == 2
+
+
+def test_progress_bar_on_a_terminal() -> None:
+    console = Console(force_terminal=True, width=100, record=True)
+    with reports.follow(console) as follow:
+        follow(Progress(0.25, 130.0, 61.0, ("xsa-s1 training 75/300",)))
+    console = Console(force_terminal=False, width=100, record=True)
+    with reports.follow(console) as follow:
+        for fraction in (0.1, 0.2, 0.3):
+            follow(Progress(fraction, 130.0, 61.0, ("xsa-s1 training 75/300",)))
+        follow(Progress(0.3, 130.0, 61.0, ("xsa-s1 quantization",)))
+    lines = console.export_text().splitlines()
+    assert [line.split("  ")[-1] for line in lines] == ["xsa-s1 training 75/300", "xsa-s1 quantization"]
+    assert "1 min 1 s, about 2 min 10 s left" in lines[0]
+
+
+def test_units() -> None:
+    assert [reports.duration(s) for s in (0, 59.4, 59.6, 125, 7320)] == [
+        "0 s",
+        "59 s",
+        "1 min 0 s",
+        "2 min 5 s",
+        "2 h 2 min",
+    ]
+    assert [reports.size(n) for n in (12, 1500, 2_340_000, 5e12)] == ["12 B", "1.5 kB", "2.3 MB", "5000.0 GB"]

@@ -1,0 +1,146 @@
+"""Reading documents, and the split that no near-duplicate crosses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from golfbook import documents
+from golfbook.corpus import read_documents
+from golfbook.documents import cut, near_duplicates, split_documents
+from golfbook.errors import DataError
+
+WORDS = [
+    f"{a}{b}" for a in ("red", "blue", "stone", "water", "quick", "old") for b in ("fox", "hill", "ing", "er", "s")
+]
+
+
+def prose(rng: np.random.Generator, words: int) -> str:
+    return " ".join(rng.choice(WORDS, words))
+
+
+def test_read_documents_keeps_every_character(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes("\ufeffone\r\ntwo\n\n".encode())
+    (tmp_path / "a.jsonl").write_text('{"text": "x\\r\\n\\u2028y"}\n\n{"text": ""}\n', encoding="utf-8")
+    (tmp_path / "c.md").write_text("no")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/d.TXT").write_text("deep")
+    assert read_documents(tmp_path) == ["x\r\n\u2028y", "", "\ufeffone\r\ntwo\n\n", "deep"]
+    long = "para\n\n" * 9000
+    (tmp_path / "b.txt").write_text(long)
+    assert read_documents(tmp_path / "b.txt") == [long]  # to score, a file is one document
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "ok"}\n{"text": }\n', r"a.jsonl, line 2: no valid JSON"),
+        ("a.jsonl", b'{"text": "ok"}\n\n{"texts": "x"}', r"line 3: no text under the key 'text'; did you mean 'texts'"),
+        ("a.jsonl", b'{"text": 5}', "line 1: no text under the key"),
+        ("a.jsonl", b"[1]", "line 1: no text under the key"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1: the text is no valid Unicode"),
+        ("a.txt", b"ab\ncd\xff", "a.txt, line 2: byte 5 is no UTF-8"),
+        ("a.csv", b"x", "expected a .txt file"),
+    ],
+)
+def test_unreadable_documents_name_file_and_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_documents(tmp_path / name)
+
+
+def test_missing_text(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("x")
+    with pytest.raises(DataError, match=r"does not exist; did you mean 'corpus.txt'"):
+        read_documents(tmp_path / "corpsu.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds no .txt or .jsonl"):
+        read_documents(tmp_path / "empty")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 6000), st.sampled_from(["\n\n", "\r\n\r\n", "\n \t\n\n", "\n"])), max_size=12))
+def test_cut_keeps_everything_and_cuts_at_blank_lines(parts: list[tuple[int, str]]) -> None:
+    text = "".join("w" * n + end for n, end in parts)
+    pieces = cut(text)
+    assert "".join(pieces) == text
+    if len(text) <= documents.CUT_ABOVE:
+        assert pieces == [text]
+    assert all(p.endswith("\n") and "\n" in p.rstrip("w")[-4:] and len(p) >= documents.CUT_LENGTH for p in pieces[:-1])
+
+
+def test_split_depends_on_the_text_alone() -> None:
+    rng = np.random.default_rng(0)
+    texts = [prose(rng, 60) for _ in range(400)]
+    split = split_documents(texts, 0.2)
+    assert set(split.train) | set(split.validation) == set(texts) and not set(split.train) & set(split.validation)
+    assert 50 < len(split.validation) < 110
+    again = split_documents([*reversed(texts), texts[0], "", " \n"], 0.2)
+    assert (again.train, again.validation, again.duplicates) == (split.train, split.validation, 3)
+    fewer = split_documents(texts[:200], 0.2)
+    assert set(fewer.validation) == set(split.validation) & set(texts[:200])
+    positions = [texts.index(t) for t in split.train]
+    assert abs(np.corrcoef(positions, np.arange(len(positions)))[0, 1]) < 0.2  # mixed
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.89])
+def test_both_splits_of_a_tiny_corpus_hold_something(fraction: float) -> None:
+    split = split_documents(["a first text", "another one entirely"], fraction)
+    assert len(split.train) == len(split.validation) == 1
+
+
+def test_planted_near_duplicates_never_cross() -> None:
+    rng = np.random.default_rng(1)
+    originals = [prose(rng, 120) for _ in range(150)]
+    planted = []
+    for text in originals:
+        words = text.split()
+        changed = list(words)
+        changed[60] = "otherword"
+        planted += [
+            " ".join(changed),  # one word of 120 replaced
+            text.upper().replace(" ", "\n"),  # case and spacing
+            " ".join(words[:80]),  # a part of it
+            text + " " + prose(rng, 400),  # contained in something longer
+            ", ".join(words) + "!",  # punctuation
+        ]
+    split = split_documents(originals + planted, 0.1)
+    assert split.near_duplicates > 30
+    assert len(split.train) + len(split.validation) + split.near_duplicates == len(originals) * 6
+    families = {}
+    for number in range(len(originals)):
+        for text in (originals[number], *planted[5 * number : 5 * number + 5]):
+            families[text] = number
+    # (the two long relatives of one original share only 120 of 520 words with each other, so they may part)
+    short = [t for t in split.validation if len(t.split()) <= 120]
+    crossing = {families[t] for t in short} & {families[t] for t in split.train}
+    assert crossing == set()
+
+
+def test_near_duplicates_agree_with_a_slow_count() -> None:
+    rng = np.random.default_rng(2)
+    few = ["ab", "cd", "ef"]  # a tiny vocabulary: many accidental matches, around both thresholds
+    texts = [" ".join(rng.choice(few, rng.integers(1, 30))) for _ in range(120)] + ["", "!!", "ab"]
+    train, validation = texts[:80], texts[80:]
+
+    def grams(text: str) -> set[tuple[str, ...]]:
+        words = text.split() if any(c.isalnum() for c in text) else []
+        return {tuple(words[i : i + 5]) for i in range(max(len(words) - 4, 1))} if words else set()
+
+    expected = []
+    for a in map(grams, train):
+        pairs = [(len(a & b), len(a | b), min(len(a), len(b))) for b in map(grams, validation)]
+        expected.append(any(i and (i >= 0.5 * u or i >= 0.8 * m) for i, u, m in pairs))
+    assert 5 < sum(expected) < 78
+    for batch in (1, 7, 1024):
+        assert near_duplicates(train, validation, batch).tolist() == expected
+
+
+def test_a_corpus_of_copies_is_refused() -> None:
+    text = prose(np.random.default_rng(3), 300)
+    with pytest.raises(DataError, match="the corpus repeats itself"):
+        split_documents([text + " " + str(i) for i in range(20)], 0.2)

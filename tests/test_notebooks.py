@@ -1,0 +1,278 @@
+"""Notebooks: well formed and stripped as committed; each one runs by papermill at smoke size and leaves its results.
+
+What is asserted are numbers in result files and figures; pictures and tables inside executed notebooks prove nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+
+from golfbook.plan import STAGE_NOTEBOOKS, STAGE_PARAMETERS
+from golfbook.runs import list_runs
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+NAMES = [path.stem for path in NOTEBOOKS]
+VOCABULARY = (
+    "alpha beta gamma delta array function returns value element number index list string model token byte matrix "
+    "vector scale weight sum product error input output default optional shape dtype axis"
+)
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "array",
+    "function",
+    "returns",
+    "value",
+    "element",
+    "number",
+    "index",
+    "list",
+    "string",
+    "model",
+    "token",
+    "byte",
+    "matrix",
+    "vector",
+    "scale",
+    "weight",
+    "sum",
+    "product",
+    "error",
+    "input",
+    "output",
+    "default",
+    "optional",
+    "shape",
+    "dtype",
+    "axis",
+]
+SMOKE = {
+    "data.source": "text",
+    "data.validation_fraction": 0.3,
+    "model.vocab_size": 320,
+    "model.num_layers": 2,
+    "model.model_dim": 32,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.rope_dims": 8,
+    "model.xsa": 1,
+    "model.bigram": {"vocab_size": 64, "dim": 8},
+    "model.value_embedding": {"dim": 8, "layers": [-1]},
+    "train.steps": 6,
+    "train.batch_tokens": 128,
+    "train.sequence_length": 32,
+    "train.warmdown_steps": 3,
+    "train.ema_decay": 0.5,
+    "train.validate_every": 3,
+    "train.log_every": 2,
+    "train.checkpoint_every": 0,
+    "quantize.passthrough_numel": 256,
+    "score.stride": 8,
+}
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code(path: Path) -> list[str]:
+    return [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def parameters(path: Path) -> str:
+    tagged = [cell for cell in read(path).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1, "exactly one cell is tagged 'parameters'"
+    return str(tagged[0].source)
+
+
+def test_the_notebooks_of_the_design_are_there() -> None:
+    expected = {"00_tour", "01_data_and_bits_per_byte", "10_seeds", *STAGE_NOTEBOOKS.values()}
+    assert expected <= set(NAMES)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_form(path: Path) -> None:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    nbformat.validate(raw)
+    assert raw["nbformat"] == 4 and raw["nbformat_minor"] >= 5
+    assert set(raw["metadata"]) == {"kernelspec", "language_info"}
+    assert raw["metadata"]["kernelspec"]["name"] == "python3"
+    assert raw["metadata"]["language_info"] == {"name": "python"}
+    ids = [cell["id"] for cell in raw["cells"]]
+    assert len(set(ids)) == len(ids)
+    for cell in raw["cells"]:
+        assert set(cell["metadata"]) <= {"tags"}
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_size_and_style(path: Path) -> None:
+    cells = read(path).cells
+    assert len(cells) <= 40
+    lines = [line for source in code(path) for line in source.splitlines() if line.strip()]
+    assert len(lines) <= 150
+    for source in code(path):
+        assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(ast.parse(source)))
+    card = cells[0].source
+    for row in ("**You learn**", "**Time on a CPU**", "**Next**"):
+        assert row in card
+    assert any("from golfbook" in source for source in code(path))
+    assert "panels.show(" in "".join(code(path)) or path.stem.startswith("1")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_links_lead_to_files(path: Path) -> None:
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    targets = [part.split(")")[0] for part in text.split("](")[1:]]
+    assert targets or path.stem == "10_seeds"
+    for target in targets:
+        assert (FOLDER / target).is_file(), target
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_parameters_are_plain_and_papermill_sees_them_all(path: Path) -> None:
+    body = ast.parse(parameters(path)).body
+    assert all(isinstance(statement, ast.AnnAssign) for statement in body), "write 'name: type = literal  # help'"
+    for statement in body:
+        assert isinstance(statement, ast.AnnAssign) and statement.value is not None
+        ast.literal_eval(statement.value)
+        assert statement.lineno == statement.end_lineno, "papermill reads one line a parameter"
+    names = [statement.target.id for statement in body]  # type: ignore[union-attr, attr-defined]
+    assert set(names) == set(papermill.inspect_notebook(str(path)))
+    if path.stem in STAGE_NOTEBOOKS.values():
+        assert tuple(names[: len(STAGE_PARAMETERS)]) == STAGE_PARAMETERS
+    following = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+    index = following.index(parameters(path))
+    if path.stem in STAGE_NOTEBOOKS.values():
+        assert "runs.notebook_run(preset, seed, overrides, study, variant, run_dir)" in following[index + 1]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs, cache, figures and a small corpus of their own; kernels inherit them from this process."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    words = random.Random(0)
+    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as stream:
+        for _ in range(300):
+            text = " ".join(words.choice(VOCABULARY.split()) for _ in range(words.randint(30, 90)))
+            stream.write(json.dumps({"text": text}) + "\n")
+    settings = {
+        "GOLFBOOK_RUNS": str(folder / "runs"),
+        "GOLFBOOK_CACHE": str(folder / "cache"),
+        "GOLFBOOK_FIGURES": str(folder / "figures"),
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    yield folder
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+def execute(home: Path, name: str, **values: Any) -> nbformat.NotebookNode:
+    out = home / "executed" / f"{name}.ipynb"
+    out.parent.mkdir(exist_ok=True)
+    return papermill.execute_notebook(
+        FOLDER / f"{name}.ipynb", out, parameters=values, kernel_name="python3", progress_bar=False, cwd=FOLDER
+    )
+
+
+def smoke(home: Path, **more: Any) -> dict[str, Any]:
+    return {**SMOKE, "data.path": str(home / "corpus.jsonl"), **more}
+
+
+def pictures(notebook: nbformat.NotebookNode) -> int:
+    return sum("image/png" in out.get("data", {}) for cell in notebook.cells for out in cell.get("outputs", []))
+
+
+def output_types(notebook: nbformat.NotebookNode) -> set[str]:
+    return {kind for cell in notebook.cells for out in cell.get("outputs", []) for kind in out.get("data", {})}
+
+
+def test_stages_alone_and_in_order_then_seeds(home: Path) -> None:
+    given = {"seed": 7, "study": "smoke", "variant": "base", "overrides": smoke(home)}
+    # The last stage first: it makes what it needs. The others then find their work done.
+    scoring = execute(home, "05_test_time_training", sample_tokens=512, **given)
+    (run,) = list_runs("smoke")
+    result = {stage: run.read_result(stage) for stage in STAGE_NOTEBOOKS}
+    assert [run.state(stage) for stage in STAGE_NOTEBOOKS] == ["done"] * 3
+    assert run.config.seed == 7 and run.variant == "base"
+    score, quantized, trained = result["test_time_training"], result["quantization"], result["training"]
+    assert trained["steps"] == 6
+    assert {p["step"] for p in run.read_metrics() if p["kind"] == "validation"} == {0, 3, 6}
+    assert quantized["dequantized_val_loss"] == quantized["val_loss"]
+    assert score["contiguous_val_bpb"] == pytest.approx(quantized["val_bpb"], abs=1e-12)
+    assert score["artifact_bytes"] == quantized["artifact_bytes"] == run.artifact_path.stat().st_size
+    assert quantized["total_bytes"] == quantized["code_bytes"] + quantized["artifact_bytes"]
+    assert score["unigram_bpb"] == trained["unigram_bpb"]
+    before = {path: path.stat().st_mtime_ns for path in run.path.glob("result.*.json")}
+    for name, least in (("03_training", 3), ("04_quantization", 5)):
+        assert pictures(execute(home, name, **given)) >= least, name
+    assert pictures(scoring) >= 5
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "application/vnd.jupyter.widget-view+json" not in output_types(scoring)
+    executed = json.dumps(scoring.cells)
+    assert f"{score['val_bpb']:.4f} bits per byte" in executed
+
+
+    execute(home, "03_training", **{**given, "variant": "no_xsa", "overrides": smoke(home, **{"model.xsa": 0})})
+    seeds = execute(home, "10_seeds", study="smoke")
+    table = pd.read_csv(home / "figures" / "smoke_seeds.csv")
+    assert table["val_bpb"].tolist() == [pytest.approx(score["val_bpb"])]
+    assert {p.suffix for p in (home / "figures").glob("smoke_seeds.*")} == {".png", ".svg", ".csv"}
+    assert "1 of 2 runs are not finished" in json.dumps(seeds.cells)
+
+
+def test_run_dir_wins_over_the_other_parameters(home: Path) -> None:
+    (run,) = [r for r in list_runs("smoke") if r.variant == "base"]
+    execute(home, "03_training", run_dir=str(run.path), seed=99, study="elsewhere")
+    assert list_runs("elsewhere") == []
+
+
+def test_tour(home: Path) -> None:
+    notebook = execute(home, "00_tour", seed=3, overrides=smoke(home))
+    (run,) = list_runs("tour")
+    score = run.read_result("test_time_training")
+    assert score is not None and run.is_done("test_time_training")
+    assert pictures(notebook) >= 7
+    assert f"{score['val_bpb']:.4f}" in json.dumps(notebook.cells[-3:])
+
+
+def test_data(home: Path) -> None:
+    notebook = execute(
+        home, "01_data_and_bits_per_byte", overrides=smoke(home), vocabularies=[300, 320], sample_documents=100
+    )
+    (record,) = (home / "cache").glob("datasets/*/dataset.json")  # the stages read this very dataset
+    assert json.loads(record.read_text())["info"]["bytes_source"] == "documents"
+    (run,) = [r for r in list_runs("smoke") if r.variant == "base"]
+    trained = run.read_result("training")
+    assert trained is not None
+    assert f"{trained['unigram_bpb']:.4f} bits per byte" in json.dumps(notebook.cells)
+    assert pictures(notebook) >= 5
+
+
+def test_seeds_without_a_finished_run_says_what_to_do(home: Path) -> None:
+    with pytest.raises(papermill.PapermillExecutionError, match="there is no study 'nothing'"):
+        execute(home, "10_seeds", study="nothing")
+
+
+def test_a_wrong_override_names_the_nearest_key(home: Path) -> None:
+    with pytest.raises(papermill.PapermillExecutionError, match=r"did you mean 'train\.steps'"):
+        execute(home, "03_training", overrides={"train.step": 3})
