@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from golfbook import scoring
 from golfbook.config import load_config
 from golfbook.model import GPT
 from golfbook.tokenizer import Tokenizer
-from safetensors.torch import load_file
-
 from reference import fill_hashed, hashed_tokens
 
 HERE = Path(__file__).parent

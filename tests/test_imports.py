@@ -16,6 +16,7 @@ PACKAGE = Path(golfbook.__file__).parent
 ORDER = [
     "errors",
     "files",
+    "settings",
     "config",
     "runs",
     "shards",
@@ -28,6 +29,7 @@ ORDER = [
     "scan",
     "refiners",
     "model",
+    "published",
     "scoring",
     "checkpoints",
     "muon",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import nbformat
@@ -13,6 +14,7 @@ from fixture_project import Project
 from golfbook import jobs, results
 from golfbook.config import load_config
 from golfbook.errors import RunError
+from golfbook.plan import PlannedRun
 from golfbook.runs import STAGES, create_run
 
 
@@ -219,6 +221,27 @@ def test_two_jobs_at_once_do_the_work_once(project: Project) -> None:
     outputs = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert (project.folder() / "executions.txt").read_text() == "1\n"
+
+
+def test_each_worker_has_gpus_of_its_own(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("jobs", "plan", "estimates"):
+        monkeypatch.setattr(f"golfbook.{module}.visible_gpus", lambda: ["0", "3", "5", "7"])
+    overrides = {"train.processes": 2}
+    made = jobs.plan(training_only(project, seeds=[1, 2, 3, 4], overrides=overrides).job)
+    assert made.workers == 2
+    started: list[tuple[str, str]] = []
+    both = threading.Barrier(2)
+
+    def spawn(self: object, log: Path, planned: PlannedRun, gpus: list[str], *arguments: str) -> int:
+        environment = jobs._environment(planned, gpus)
+        started.append((environment["CUDA_VISIBLE_DEVICES"], environment["OMP_NUM_THREADS"]))
+        both.wait(20)  # two runs are in hand at a time
+        return 1
+
+    monkeypatch.setattr(jobs._Job, "_spawn", spawn)
+    report = jobs.run(made)
+    assert sorted(started) == [("0,3", "1")] * 2 + [("5,7", "1")] * 2
+    assert [status.message for status in report.runs] == ["the process ended with status 1"] * 4
 
 
 def test_edited_jobs_leave_old_runs_out_of_the_tables(project: Project) -> None:

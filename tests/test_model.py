@@ -53,7 +53,7 @@ def test_published_parameter_totals(values, total):
 
 
 def test_preset_pr1166_is_the_published_model():
-    assert parameter_table(load_config("pr1166").model)["total"] == 25_749_398
+    assert parameter_table(load_config("pr1166_e2e_ttt_flow").model)["total"] == 25_749_398
 
 
 # Rows: model, (rows, length), loss, logits at [0, 5, :4], logits at [-1, -1, :4], standard deviation of all logits.

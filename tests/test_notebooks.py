@@ -17,8 +17,10 @@ import pandas as pd
 import papermill
 import pytest
 
+from golfbook import corpus
+from golfbook.config import load_config
 from golfbook.plan import STAGE_NOTEBOOKS, STAGE_PARAMETERS
-from golfbook.runs import list_runs
+from golfbook.runs import Run, create_run, list_runs
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -27,37 +29,6 @@ VOCABULARY = (
     "alpha beta gamma delta array function returns value element number index list string model token byte matrix "
     "vector scale weight sum product error input output default optional shape dtype axis"
 )
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "array",
-    "function",
-    "returns",
-    "value",
-    "element",
-    "number",
-    "index",
-    "list",
-    "string",
-    "model",
-    "token",
-    "byte",
-    "matrix",
-    "vector",
-    "scale",
-    "weight",
-    "sum",
-    "product",
-    "error",
-    "input",
-    "output",
-    "default",
-    "optional",
-    "shape",
-    "dtype",
-    "axis",
-]
 SMOKE = {
     "data.source": "text",
     "data.validation_fraction": 0.3,
@@ -206,15 +177,22 @@ def output_types(notebook: nbformat.NotebookNode) -> set[str]:
     return {kind for cell in notebook.cells for out in cell.get("outputs", []) for kind in out.get("data", {})}
 
 
-def test_stages_alone_and_in_order_then_seeds(home: Path) -> None:
+@pytest.fixture(scope="module")
+def scored(home: Path) -> tuple[nbformat.NotebookNode, Run]:
+    """The notebook of the last stage, executed first: it makes everything it needs."""
     given = {"seed": 7, "study": "smoke", "variant": "base", "overrides": smoke(home)}
-    # The last stage first: it makes what it needs. The others then find their work done.
-    scoring = execute(home, "05_test_time_training", sample_tokens=512, **given)
+    notebook = execute(home, "05_test_time_training", sample_tokens=512, **given)
     (run,) = list_runs("smoke")
-    result = {stage: run.read_result(stage) for stage in STAGE_NOTEBOOKS}
+    return notebook, run
+
+
+def test_the_last_stage_alone_leaves_all_results(scored: tuple[nbformat.NotebookNode, Run]) -> None:
+    notebook, run = scored
     assert [run.state(stage) for stage in STAGE_NOTEBOOKS] == ["done"] * 3
     assert run.config.seed == 7 and run.variant == "base"
-    score, quantized, trained = result["test_time_training"], result["quantization"], result["training"]
+    score, quantized, trained = (
+        run.read_result(stage) or {} for stage in ("test_time_training", "quantization", "training")
+    )
     assert trained["steps"] == 6
     assert {p["step"] for p in run.read_metrics() if p["kind"] == "validation"} == {0, 3, 6}
     assert quantized["dequantized_val_loss"] == quantized["val_loss"]
@@ -222,28 +200,35 @@ def test_stages_alone_and_in_order_then_seeds(home: Path) -> None:
     assert score["artifact_bytes"] == quantized["artifact_bytes"] == run.artifact_path.stat().st_size
     assert quantized["total_bytes"] == quantized["code_bytes"] + quantized["artifact_bytes"]
     assert score["unigram_bpb"] == trained["unigram_bpb"]
-    before = {path: path.stat().st_mtime_ns for path in run.path.glob("result.*.json")}
-    for name, least in (("03_training", 3), ("04_quantization", 5)):
-        assert pictures(execute(home, name, **given)) >= least, name
-    assert pictures(scoring) >= 5
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert "application/vnd.jupyter.widget-view+json" not in output_types(scoring)
-    executed = json.dumps(scoring.cells)
-    assert f"{score['val_bpb']:.4f} bits per byte" in executed
+    assert f"{score['val_bpb']:.4f} bits per byte" in json.dumps(notebook.cells)
+    assert pictures(notebook) >= 5
+    assert "application/vnd.jupyter.widget-view+json" not in output_types(notebook)
 
 
-    execute(home, "03_training", **{**given, "variant": "no_xsa", "overrides": smoke(home, **{"model.xsa": 0})})
-    seeds = execute(home, "10_seeds", study="smoke")
-    table = pd.read_csv(home / "figures" / "smoke_seeds.csv")
-    assert table["val_bpb"].tolist() == [pytest.approx(score["val_bpb"])]
-    assert {p.suffix for p in (home / "figures").glob("smoke_seeds.*")} == {".png", ".svg", ".csv"}
-    assert "1 of 2 runs are not finished" in json.dumps(seeds.cells)
-
-
-def test_run_dir_wins_over_the_other_parameters(home: Path) -> None:
-    (run,) = [r for r in list_runs("smoke") if r.variant == "base"]
-    execute(home, "03_training", run_dir=str(run.path), seed=99, study="elsewhere")
+def test_finished_stages_are_shown_and_not_repeated(home: Path, scored: tuple[nbformat.NotebookNode, Run]) -> None:
+    _, run = scored
+    before = {path: path.read_bytes() for path in run.path.glob("result.*.json")}
+    assert len(before) == 3
+    for name, least in (("03_training", 3), ("04_quantization", 5)):  # run_dir wins over the other parameters
+        notebook = execute(home, name, run_dir=str(run.path), seed=99, study="elsewhere")
+        assert pictures(notebook) >= least, name
+    assert {path: path.read_bytes() for path in before} == before
     assert list_runs("elsewhere") == []
+
+
+def test_seeds_plots_finished_runs_and_names_the_others(home: Path, scored: tuple[nbformat.NotebookNode, Run]) -> None:
+    _, run = scored
+    create_run("smoke", "no_xsa", load_config("quickstart", seed=7, overrides=smoke(home, **{"model.xsa": 0})))
+    notebook = execute(home, "10_seeds", study="smoke")
+    table = pd.read_csv(home / "figures" / "smoke_seeds.csv")
+    result = run.read_result("test_time_training") or {}
+    assert table["variant"].tolist() == ["base"]
+    assert table["val_bpb"].tolist() == [pytest.approx(result["val_bpb"])]
+    assert {p.suffix for p in (home / "figures").glob("smoke_seeds.*")} == {".png", ".svg", ".csv"}
+    printed = json.dumps(notebook.cells)
+    assert "1 of 2 runs are not finished" in printed
+    assert "no_xsa, seed 7: training missing" in printed
+    assert "There is only the variant **base**" in printed
 
 
 def test_tour(home: Path) -> None:
@@ -259,12 +244,11 @@ def test_data(home: Path) -> None:
     notebook = execute(
         home, "01_data_and_bits_per_byte", overrides=smoke(home), vocabularies=[300, 320], sample_documents=100
     )
-    (record,) = (home / "cache").glob("datasets/*/dataset.json")  # the stages read this very dataset
-    assert json.loads(record.read_text())["info"]["bytes_source"] == "documents"
-    (run,) = [r for r in list_runs("smoke") if r.variant == "base"]
-    trained = run.read_result("training")
-    assert trained is not None
-    assert f"{trained['unigram_bpb']:.4f} bits per byte" in json.dumps(notebook.cells)
+    data = corpus.prepare(load_config("quickstart", overrides=smoke(home)))
+    printed = json.dumps(notebook.cells)
+    assert data.fingerprint in printed
+    assert f"{data.info['unigram_bpb']:.4f} bits per byte" in printed
+    assert f"{data.val_bytes:,} bytes" in printed
     assert pictures(notebook) >= 5
 
 

@@ -207,7 +207,7 @@ def test_rough_parameters_are_near_the_real_count(preset: str) -> None:
     from golfbook.model import parameter_table
 
     model = load_config(preset).model
-    assert rough_parameters(model) == pytest.approx(parameter_table(model)["total"], rel=0.02)
+    assert rough_parameters(model) == pytest.approx(parameter_table(model)["total"], rel=0.05)
 
 
 def test_flatten() -> None:

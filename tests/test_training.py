@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import time
@@ -12,6 +13,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from golfbook import launcher, runs, stages, training
 from golfbook.checkpoints import load_model, read_progress
 from golfbook.config import load_config
@@ -19,9 +22,8 @@ from golfbook.errors import CheckpointError, RunError
 from golfbook.files import atomic_write_bytes
 from golfbook.runs import Run
 from golfbook.shards import write_shard
-from safetensors.torch import load_file
 
-WORDS = "the model reads a token and learns to guess what comes next from what it has read before it".split()
+WORDS = ("the", "model", "reads", "a", "token", "and", "learns", "to", "guess", "what", "comes", "next", "from", "it")
 
 
 @pytest.fixture
@@ -137,7 +139,7 @@ def test_killed_trainer_is_reported_and_resumes_to_the_same_weights(corpus_file,
     while not run.checkpoint_path.exists():
         assert time.monotonic() < deadline, launcher.log_tail(run)
         time.sleep(0.01)
-    agent = psutil.Process(int(__import__("json").loads((run.path / "trainer.json").read_text())["pid"]))
+    agent = psutil.Process(json.loads((run.path / "trainer.json").read_text())["pid"])
     targets = agent.children(recursive=True) if victim == "worker" else [agent]
     for process in targets:
         os.kill(process.pid, signal.SIGKILL)
@@ -165,12 +167,16 @@ def test_two_processes_take_the_same_steps_as_one(corpus_file):
     for name, value in one.items():
         if name.startswith("model/"):
             torch.testing.assert_close(two[name], value, atol=1e-4, rtol=0)
-    losses = [[p["loss"] for p in r.read_metrics() if p["kind"] == "train"] for r in (make_run(corpus_file, "one"), run)]
+    losses = [
+        [p["loss"] for p in r.read_metrics() if p["kind"] == "train"] for r in (make_run(corpus_file, "one"), run)
+    ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(corpus_file):
-    run = make_run(corpus_file, "diverges", **{"train.embed_lr": 1e38, "train.grad_clip": 0, "train.checkpoint_every": 1})
+    run = make_run(
+        corpus_file, "diverges", **{"train.embed_lr": 1e38, "train.grad_clip": 0, "train.checkpoint_every": 1}
+    )
     assert training.main([str(run.path)]) == 2
     result = run.read_result("training")
     assert result["status"] == "failed"

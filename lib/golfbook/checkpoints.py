@@ -1,6 +1,7 @@
 """Checkpoints of a training run: one safetensors file with weights, their average, optimiser state and position.
 
-Nothing is pickled, so a checkpoint from elsewhere can be opened safely. Tensor names: ``model/<parameter>``,
+Nothing is pickled, so a checkpoint from elsewhere can be opened safely; those of the published systems come through
+:func:`load_published`. Tensor names: ``model/<parameter>``,
 ``average/<parameter>``, ``muon/<parameter>``, ``adam/<parameter>/<moment>``; scalars travel as JSON in the metadata.
 """
 
@@ -19,7 +20,12 @@ from torch import Tensor, nn
 from golfbook.errors import CheckpointError
 from golfbook.files import atomic_path
 from golfbook.model import GPT
+from golfbook.published import load_published, published_state
 from golfbook.runs import Run
+
+__all__ = [
+    "load_checkpoint", "load_model", "load_published", "published_state", "read_progress", "save_checkpoint",
+]  # fmt: skip
 
 Optimizers = Mapping[str, torch.optim.Optimizer]
 

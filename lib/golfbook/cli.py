@@ -38,7 +38,7 @@ def main() -> None:
     if debug:
         sys.argv.remove("--debug")
     try:
-        app()
+        app(prog_name="golfbook")
     except GolfbookError as error:
         if debug:
             raise
@@ -205,6 +205,8 @@ def lab(
         raise RunError("JupyterLab is not installed; install the project with its extra: pip install -e .[notebook]")
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", "--ServerApp.ip=127.0.0.1"]
     command += [f"--ServerApp.port={port}", *([] if browser else ["--no-browser"])]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")  # in a container; the server still listens on this machine only
     with subprocess.Popen(command, env={**os.environ, "GOLFBOOK_ROOT": str(project_root())}) as server:
         while True:
             try:

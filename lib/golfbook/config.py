@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from golfbook.errors import ConfigError, nearest
-from golfbook.files import canonical_json, sha256_bytes
+from golfbook.files import canonical_json, resolve, sha256_bytes
 from golfbook.settings import (
     BudgetConfig,
     DataConfig,
@@ -33,8 +34,11 @@ from golfbook.settings import (
 
 __all__ = [
     "BudgetConfig", "Config", "DataConfig", "ModelConfig", "QuantizeConfig", "ScoreConfig", "TrainConfig",
-    "keys", "load_config", "preset_names", "read_yaml", "validate",
+    "keys", "load_config", "preset_names", "read_yaml", "scale_names", "validate",
 ]  # fmt: skip
+
+PRESETS = resources.files("golfbook") / "presets"
+SCALES = PRESETS / "scales"
 
 
 class Config(Section):
@@ -68,23 +72,28 @@ class Config(Section):
 
 def preset_names() -> list[str]:
     """Names of the presets that ship with the package."""
-    folder = resources.files("golfbook") / "presets"
-    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return _yaml_names(PRESETS)
 
 
 def load_config(
     preset: str | Mapping[str, Any] = "quickstart",
     *,
+    scale: str = "published",
     seed: int | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Build a config from a preset and dotted or nested overrides.
+    """Build a config from a preset, a scale and dotted or nested overrides, in this order.
 
-    ``preset`` is the name of a shipped preset, a path of a YAML file, or a mapping. ``overrides`` maps keys such as
-    ``"train.steps"`` (or nested mappings) to values. Raises :class:`ConfigError` for an unknown preset or key, a value
-    of the wrong type, or settings that contradict each other.
+    ``preset`` is the name of a shipped preset, a path of a YAML file, or a mapping; it may name one it ``extends``.
+    ``scale`` "tiny" (seconds on a CPU) or "small" (minutes) shrinks any preset and keeps its layers and switches;
+    "published" leaves it as it is. ``overrides`` maps keys such as ``"train.steps"`` (or nested mappings) to values.
+    Raises :class:`ConfigError` for an unknown preset, scale or key, a value of the wrong type, or settings that
+    contradict each other.
     """
-    tree = dict(preset) if isinstance(preset, Mapping) else _read_preset(preset)
+    tree = _extended(preset) if isinstance(preset, Mapping) else _read_preset(preset)
+    if scale != "published":
+        _overlay(tree, _read_scale(scale))
+        tree["preset"] = f"{tree.get('preset', 'custom')}-{scale}"
     for key, value in (overrides or {}).items():
         if not isinstance(key, str):
             raise ConfigError(f"override key {key!r} is not text; write keys as 'section.name'")
@@ -134,16 +143,47 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return found
 
 
-def _read_preset(name: str) -> dict[str, Any]:
+def scale_names() -> list[str]:
+    """Names of the scales that fit every preset."""
+    return ["published", *_yaml_names(SCALES)]
+
+
+def _read_preset(name: str, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    if name in path:
+        raise ConfigError(f"presets extend each other in a circle: {' -> '.join((*path, name))}")
     if name.endswith((".yaml", ".yml")):
-        tree = read_yaml(name)
-        tree.setdefault("preset", Path(name).stem)
-        return tree
-    if name not in preset_names():
-        known = preset_names()
+        return _extended({"preset": Path(name).stem, **read_yaml(resolve(name))}, (*path, name))
+    known = preset_names()
+    if name not in known:
         raise ConfigError(f"unknown preset '{name}'{nearest(name, known)} (known: {', '.join(known)}, or a .yaml file)")
-    text = (resources.files("golfbook") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-    return {"preset": name, **yaml.safe_load(text)}
+    text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+    return _extended({"preset": name, **yaml.safe_load(text)}, (*path, name))
+
+
+def _extended(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``tree`` laid over the preset it extends, if it names one."""
+    own = {key: value for key, value in tree.items() if key != "extends"}
+    if "extends" not in tree:
+        return own
+    base = _read_preset(str(tree["extends"]), path)
+    _overlay(base, own)
+    return base
+
+
+def _overlay(tree: dict[str, Any], top: Mapping[str, Any]) -> None:
+    for key, value in top.items():
+        _assign(tree, [key], value, key)
+
+
+def _read_scale(name: str) -> dict[str, Any]:
+    known = scale_names()
+    if name not in known:
+        raise ConfigError(f"unknown scale '{name}'{nearest(name, known)} (known: {', '.join(known)})")
+    return yaml.safe_load((SCALES / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def _yaml_names(folder: Traversable) -> list[str]:
+    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
 def _assign(tree: dict[str, Any], path: list[str], value: Any, key: str) -> None:

@@ -62,7 +62,7 @@ def uses_gpu(config: Config) -> bool:
 
 
 def rough_parameters(model: ModelConfig) -> int:
-    """Parameters of a model within one or two per cent, without building it."""
+    """Parameters of a model within a few per cent, without building it."""
     width, heads = model.model_dim, model.num_heads
     kv = width * model.num_kv_heads // heads
     block = 2 * width * width + 2 * width * kv + 2 * int(model.mlp_mult * width) * width + 5 * width
@@ -117,12 +117,10 @@ def estimate(config: Config, stages: Iterable[str], history: History) -> Estimat
     }
     wanted = [stage for stage in STAGES if stage in set(stages)]
     known = [trained is not None, *([scored is not None] if len(wanted) > 1 else [])]
-    origin = (
-        "the speed of earlier runs here"
-        if all(known)
-        else f"a rule of thumb ({rule / 1e9:.0f} billion operations a second)"
-    )
-    if any(known) and not all(known):
+    origin = f"a rule of thumb ({rule / 1e9:.0f} billion operations a second)"
+    if all(known):
+        origin = "the speed of earlier runs here"
+    elif any(known):
         origin = "partly the speed of earlier runs here, partly a rule of thumb"
     return Estimate({stage: NOTEBOOK_SECONDS + seconds[stage] for stage in wanted}, _memory(config, size), origin)
 

@@ -6,6 +6,8 @@ published systems' export names (one matrix a tensor, PR 1166 section 13), in th
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -131,7 +133,8 @@ class GPT(nn.Module):
         return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten()) + auxiliary
 
     def _mtp_loss(self, x: Tensor, targets: Tensor, ahead: int) -> Tensor:
-        logits = self._softcapped(x[:, :-ahead], self.mtp_heads[ahead - 1].weight)
+        head = cast(nn.Linear, self.mtp_heads[ahead - 1])
+        logits = self._softcapped(x[:, :-ahead], head.weight)
         return F.cross_entropy(logits.flatten(0, 1), targets[:, ahead:].flatten())
 
     def _value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:

@@ -7,7 +7,7 @@ stored as float16; the decoder returns ``q * s``. Rounding is half to even. Whic
 1. up to ``passthrough_numel`` values: float16 as it is;
 2. name of a control tensor (scales, gates, residual mixes): float32 as it is. At the published limit of 65,536 values
    no control tensor is large enough to get here;
-3. attention, MLP or other projection matrix: ``matrix_bits`` by :func:`quantize_matrix`;
+3. attention, MLP or other projection matrix: ``matrix_bits`` (``mlp_bits`` in MLPs) by :func:`quantize_matrix`;
 4. everything else, the embedding tables above all: ``other_bits`` by :func:`quantize_other`.
 """
 
@@ -162,7 +162,7 @@ def _quantize(name: str, tensor: Tensor, config: QuantizeConfig) -> QuantizedTen
         _check_range(name, weight, half)
         return QuantizedTensor(name, "float16", 16, value=half)
     if kind == "matrix":
-        bits = config.matrix_bits
+        bits = (config.mlp_bits if ".mlp." in name else 0) or config.matrix_bits
         q, scale = quantize_matrix(weight, bits, clip_search=config.clip_search, scale_floor=config.scale_floor)
     else:
         bits = config.other_bits

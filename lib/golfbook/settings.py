@@ -253,6 +253,7 @@ class QuantizeConfig(Section):
     """Post-training quantisation and the coder of the artifact (PR 1166 section 17)."""
 
     matrix_bits: Annotated[int, Field(ge=3, le=8)] = Field(6, description="attention and MLP matrices")
+    mlp_bits: Literal[0, 3, 4, 5, 6, 7, 8] = Field(0, description="MLP matrices, where they differ; 0: matrix_bits")
     other_bits: Annotated[int, Field(ge=3, le=8)] = Field(8, description="embedding tables and other large matrices")
     clip_search: bool = Field(True, description="try five clip percentiles a tensor (PR 1166); off: row maximum")
     scale_floor: bool = Field(
