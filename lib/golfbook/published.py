@@ -57,8 +57,9 @@ def load_published(
     """Build our model from a published checkpoint; float32, in evaluation mode, on the CPU.
 
     ``source`` is a path (``final_model.pt``, or a quantised ``*.ptz``, told apart by content) or a state dict, banked
-    or not. ``system`` is one of pr1166, pr1170, pr1232, pr1406. Sizes come from the shapes; ``overrides`` gives what shapes cannot tell, as keys of the model section (``{"rope_dims": 8, "xsa": 2}``) or as the published
-    argument names (``xsa_last_n``, ``ve_layers``); everything else is the system's published value.
+    or not. ``system`` is one of pr1166, pr1170, pr1232, pr1406. Sizes come from the shapes; ``overrides`` gives what
+    shapes cannot tell, as keys of the model section (``{"rope_dims": 8, "xsa": 2}``) or as the published argument names
+    (``xsa_last_n``, ``ve_layers``); everything else is the system's published value.
 
     Raises :class:`CheckpointError` listing missing and extra keys and wrong shapes, and for a damaged file;
     :class:`ConfigError` for an override that does not exist or does not fit.
