@@ -48,6 +48,7 @@ def examples() -> dict[str, figures.Picture]:
         "schedule without averaging": figures.schedule([1.0], [0.9], 0.0),
         "singular_values": figures.singular_values([3.0, 1.0], [[0.9, 0.5], [1.0, 0.8]]),
         "seeds": figures.seeds(SEEDS, unigram_bpb=3.5),
+        "seeds_needed": figures.seeds_needed(0.002, 0.001),
         "bytes_per_token": text_figures.bytes_per_token([0, 1, 1, 3]),
         "top_pieces": text_figures.top_pieces(["a", "$b$", "\U0001f600"], [3, 2, 1], [3, 4, 4]),
         "tokens": text_figures.tokens(["\u2581the", "$x$", "\U0001f600"], [4, 3, 4]),
@@ -235,3 +236,15 @@ def test_grid_counts_levels_and_clipped_weights() -> None:
     assert "0.0% clipped" in rounded  # a scale rounded down to float16 cuts nothing off
     coarse = size_figures.grid(np.array([-0.1, 0.0, 0.1]), 1 / 31, 31).axes[0].get_title(loc="left")
     assert "7 of 63 levels" in coarse
+
+
+def test_seeds_needed_agrees_with_simulated_studies() -> None:
+    (axes,) = figures.seeds_needed(0.002, 0.001).axes
+    n, chance = axes.lines[0].get_data()
+    draws = np.random.default_rng(0).normal(0.002, 0.001, (4000, 5))
+    shown = [d.low > 0 or d.high < 0 for d in map(statistics.describe, draws)]
+    assert chance[list(n).index(5)] == pytest.approx(np.mean(shown), abs=0.03)
+    needed = int(n[np.argmax(chance >= 0.8)])
+    assert f"needs {needed} seeds" in axes.get_title(loc="left")
+    assert np.isfinite(figures.seeds_needed(0.05, 0.0001).axes[0].lines[0].get_ydata()).all()
+    assert "more than 24" in figures.seeds_needed(0.0001, 0.001).axes[0].get_title(loc="left")

@@ -49,6 +49,8 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
     if kind == "bits_and_clip":
         weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0)).pow(3) * 0.01  # long tails
         return panels.bits_and_clip(weight, "matrix")
+    if kind == "seeds_needed":
+        return panels.seeds_needed(0.0312, 0.0063)
     rows = [(bits, 2.0**-bits, 100 * bits, 2 + 2.0**-bits) for bits in range(3, 9)]
     return panels.bits_choice(pd.DataFrame(rows, columns=["bits", "error", "artifact_bytes", "val_bpb"]))
 
@@ -69,6 +71,8 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         ("bits_and_clip", "clip", 0.99),
         ("bits_and_clip", "scale_floor", True),
         ("bits_choice", "bits", 4),
+        ("seeds_needed", "difference", 0.001),
+        ("seeds_needed", "std", 0.009),
     ],
 )
 def test_moving_a_control_changes_the_image(kind: str, name: str, value: Any, tokenizer: Tokenizer) -> None:

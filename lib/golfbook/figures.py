@@ -24,6 +24,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
+from scipy import stats
 
 from golfbook.config import TrainConfig
 from golfbook.errors import GolfbookError
@@ -189,7 +190,7 @@ def schedule(lr_scale: ArrayLike, momentum: ArrayLike, ema_decay: float) -> Pict
         right.fill_between(steps, weight, color=GREEN, alpha=0.2, linewidth=0)
         start = ema_decay ** len(scale)
         part = f"{start:.1%}" if start >= 0.0005 else "under 0.1%"
-        right.set_title(f"EMA {ema_decay:g}: {part} of the result\nis still the initial weights")
+        right.set_title(f"EMA {ema_decay:g}: initial weights\nmake up {part} of the result")
     else:
         right.set_title("EMA off: the last weights\nare the result")
     right.set(ylabel="weight in the average")
@@ -294,4 +295,31 @@ def seeds(
             axes.plot([], [], " ", label=f"unigram entropy {unigram_bpb:.3f}: off the scale")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.set_figwidth(figure.get_figwidth() + 2.2)
+    return figure
+
+
+@styled
+def seeds_needed(difference: float, std: float, *, most: int = 24) -> Picture:
+    """Chance that n paired seeds show a true ``difference``: that their 95 % t-interval leaves 0 out.
+
+    ``std`` is the standard deviation of the differences between equal seeds; this is the power of the two-sided
+    paired t-test.
+    """
+    n = np.arange(2, most + 1)
+    shift = abs(difference) / max(std, 1e-12) * np.sqrt(n)
+    limit = stats.t.ppf(0.975, n - 1)
+    # mean over the spread s that the n differences may happen to have; scipy's noncentral t gives NaN for large shifts
+    spread = np.sqrt(stats.chi2.ppf(((np.arange(1000) + 0.5) / 1000)[:, None], n - 1) / (n - 1))
+    chance = (stats.norm.sf(limit * spread - shift) + stats.norm.cdf(-limit * spread - shift)).mean(axis=0)
+    figure, (axes,) = new(width=8.5, height=3.6)
+    axes.plot(n, chance, marker="o", color=BLUE)
+    axes.axhline(0.8, color=GREY, linestyle="--", label="80 %, a usual demand")
+    enough = n[chance >= 0.8]
+    found = f"{enough[0]} seeds of each" if len(enough) else f"more than {most} seeds of each"
+    if len(enough):
+        axes.scatter([enough[0]], chance[enough[0] - 2], s=130, facecolor="none", edgecolor=RED, linewidth=2, zorder=3)
+    axes.set(xlabel="paired seeds n", ylabel="chance to show it", ylim=(0, 1.03), xlim=(1.5, most + 0.5))
+    axes.set_title(f"A difference of {difference:.4f} with std {std:.4f} needs {found}")
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+    axes.legend(loc="lower right")
     return figure

@@ -315,7 +315,7 @@ class _Job:
                 total += cost
                 if status.state == "failed" or stage in status.finished:
                     done += cost
-                elif status.stage == stage and stage == "training":
+                elif stage == "training":  # also what an earlier call left of it
                     done += cost * _trained_steps(status.planned) / status.planned.config.train.steps
         return min(1.0, done / total)
 

@@ -257,6 +257,23 @@ def bits_choice(table: pd.DataFrame, *, bits: int = 6) -> Panel:
     return Panel(lambda bits: size_figures.bits_choice(table, int(bits)), {"bits": Slider("bits", bits, low, high)})
 
 
+def seeds_needed(difference: float, std: float) -> Panel:
+    """Choose a difference and a spread, see how many paired seeds would show it. Both start at measured values."""
+    unit = 10 ** np.floor(np.log10(max(std, difference, 1e-4)))  # so that the sliders reach from fine to coarse
+    step, high = float(unit / 20), float(unit * 10)
+
+    def on_scale(value: float) -> float:
+        return float(min(max(round(value / step), 1) * step, high))
+
+    return Panel(
+        lambda difference, std: figures.seeds_needed(difference, std),
+        {
+            "difference": Slider("difference (BPB)", on_scale(difference), step, high, step),
+            "std": Slider("std of differences (BPB)", on_scale(std), step, high, step),
+        },
+    )
+
+
 def training_monitor(
     run: Run, *, unigram_bpb: float | None = None, seconds: float = 10.0
 ) -> Callable[[Sequence[Mapping[str, Any]]], None]:
@@ -352,6 +369,7 @@ def _field(control: Control) -> Any:
             description=control.label,
             continuous_update=False,
             style=style,
+            **({} if whole else {"readout_format": ".4f"}),
         )
     if isinstance(control, Choice):
         return ipywidgets.Dropdown(

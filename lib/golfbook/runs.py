@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from golfbook import __version__
 from golfbook.config import Config, load_config, validate
-from golfbook.errors import RunError
+from golfbook.errors import GolfbookError, RunError
 from golfbook.files import atomic_write_json, project_root, runs_root, sha256_file
 
 STAGES = ("training", "quantization", "test_time_training")
@@ -228,7 +228,7 @@ def list_runs(study: str) -> list[Run]:
     """All runs of a study, by folder name; folders that are no runs are passed over."""
     found = []
     for folder in sorted((runs_root() / study).glob("*-s*-*")):
-        with contextlib.suppress(RunError):
+        with contextlib.suppress(GolfbookError):  # such as a config.json of another version of the settings
             found.append(open_run(folder))
     return found
 

@@ -26,8 +26,10 @@ def ttt_scan(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gamm
     ``q``, ``k``, ``v`` are (mini-batches, N, size, width) with N = batch times heads, ``weight`` (N, width, width),
     ``bias``, ``gamma`` and ``delta`` (N, 1, width). Fast weights are float32 whatever the inputs are.
     """
+    tensors = [t.float().contiguous() for t in (q, k, v, weight, bias, gamma, delta)]
+    if not torch.amp.is_autocast_available(q.device.type):  # the meta device, on which costs are counted
+        return _Scan.apply(*tensors, eta)
     with torch.autocast(q.device.type, enabled=False):
-        tensors = [t.float().contiguous() for t in (q, k, v, weight, bias, gamma, delta)]
         return _Scan.apply(*tensors, eta)
 
 

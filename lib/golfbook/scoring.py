@@ -24,7 +24,7 @@ from golfbook.errors import ConfigError, DataError, RunError
 from golfbook.model import GPT
 
 HEAD_LOGITS = 2**22  # logits that exist at the same time: 16 MiB in float32, whatever the vocabulary
-CPU_TOKENS = 2048  # tokens of one pass on a CPU: more windows at once outgrow its caches and are slower
+CPU_TOKENS = 512  # tokens of one pass on a CPU: larger activations outgrow caches and are mapped anew each time
 Progress = Callable[[int, int], None]
 
 

@@ -178,15 +178,16 @@ def entropy_bytes(table: pd.DataFrame) -> Picture:
 @styled
 def size_quality(table: pd.DataFrame, *, title: str) -> Picture:
     """Score against size, one labelled dot a row of ``table``: columns ``name``, ``artifact_bytes`` and ``val_bpb``."""
-    figure, (axes,) = new(width=8.5, height=3.8)
+    figure, (axes,) = new(width=9.5, height=3.6)
     order = table.sort_values("artifact_bytes")
     x, y = order["artifact_bytes"] / 1000, order["val_bpb"]
     for i, (name, left, height) in enumerate(zip(order["name"], x, y, strict=True)):
-        axes.scatter([left], [height], s=70, color=CYCLE[i % len(CYCLE)], zorder=3)
-        axes.annotate(
-            f"{name}\n{height:.4f}, {left:,.0f} kB", (left, height), (8, 6), textcoords="offset points", fontsize=9
+        label = f"{name}: {left:,.0f} kB, {height:.4f}"
+        axes.scatter(
+            [left], [height], s=80, color=CYCLE[i % len(CYCLE)], marker="osD^vPX*"[i % 8], zorder=3, label=label
         )
-    axes.margins(x=0.22, y=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.margins(x=0.1, y=0.15)
     axes.set(xlabel="artifact (thousand bytes)", ylabel="bits per byte (lower is better)", title=title)
     return figure
 

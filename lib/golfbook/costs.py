@@ -1,0 +1,271 @@
+"""What a model costs before it exists: parameters, arithmetic, activation memory, artifact bytes, time on named GPUs.
+
+>>> from golfbook import costs
+>>> from golfbook.config import load_config
+>>> config = load_config("pr1232_base")
+>>> costs.per_token(config.model, length=2048).training          # operations a token, forward and backward
+>>> costs.step_time(config, costs.GPUS["H100 SXM 80GB"], gpus=8).seconds
+
+A multiplication and its addition are two operations; only matrix products are counted, as ``torch.utils.flop_counter``
+does, and its numbers are met exactly. Attention between positions is counted **full** (every query with every key) to
+compare with that counter and with published figures, and **causal** (each query with itself and what came before),
+which is what the fused kernels compute and what :func:`step_time` uses.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from golfbook.config import Config, ModelConfig, QuantizeConfig
+from golfbook.model import GPT, exported
+from golfbook.quantization import route
+from golfbook.scan import GROUP
+
+MICRO_BATCH_TOKENS = 98_304  # 48 rows of 2048: what the published runs keep in memory at a time
+# A fused attention kernel computes five products in its backward pass (it makes the scores again), two in its forward.
+ATTENTION_BACKWARD = 2.5
+ITERATIONS = 5  # of Newton-Schulz in Muon
+
+# The estimate of a step's time has two terms, added because kernels run one after the other: products at a share of
+# the peak rate, and memory traffic at the full bandwidth. Traffic is each saved activation times a factor (written,
+# read again, and the same for gradients and what fusing does not save). The two numbers were chosen so that two
+# published runs come out: PR 1232's base on an A100 and PR 1406 on eight H100.
+MATMUL_SHARE = 0.415
+TRAFFIC_FACTOR = 2.72
+# TTT-Linear is a sequence of small kernels, whose launches count more than their work.
+SCAN_KERNELS = 34  # launched for a mini-batch, forward, recomputation and backward together
+LAUNCH_SECONDS = 5e-6
+# Bits that a coded integer needs, as a share of its nominal bits; float16 values hardly compress.
+CODED_SHARE = 0.73
+CODED_SHARE_FLOAT = 0.93
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its data sheet: dense bfloat16 operations a second, bytes a second, bytes."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory_bytes: float
+    source: str
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100 PCIe 40GB", 312e12, 1.555e12, 40e9, "NVIDIA A100 data sheet, 2020"),
+        Gpu("A100 SXM 80GB", 312e12, 2.039e12, 80e9, "NVIDIA A100 data sheet, 2021"),
+        Gpu("H100 SXM 80GB", 989e12, 3.35e12, 80e9, "NVIDIA H100 data sheet, 2023 (without sparsity)"),
+        Gpu("H200 SXM 141GB", 989e12, 4.8e12, 141e9, "NVIDIA H200 data sheet, 2024 (without sparsity)"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations by component, forward and backward; all of a sequence, or a token's share of them."""
+
+    forward: Mapping[str, float]
+    backward: Mapping[str, float]
+
+    @property
+    def training(self) -> float:
+        """Forward and backward, all components."""
+        return sum(self.forward.values()) + sum(self.backward.values())
+
+    @property
+    def inference(self) -> float:
+        """Forward, all components."""
+        return sum(self.forward.values())
+
+    def __truediv__(self, tokens: float) -> Flops:
+        return Flops(*({k: v / tokens for k, v in part.items()} for part in (self.forward, self.backward)))
+
+
+def per_sequence(model: ModelConfig, length: int, *, causal: bool = False, training: bool = True) -> Flops:
+    """Operations of one sequence of ``length`` tokens; whole numbers.
+
+    ``training`` adds what only a training step computes: the flow-matching loss and heads for later targets. The
+    velocity's time embedding at inference, one vector a call, is left out.
+    """
+    dim, kv, heads = model.model_dim, model.num_kv_heads * model.head_dim, model.num_heads
+    applied = model.num_layers + len(model.recurrence)
+    pairs = length * (length + 1) // 2 if causal else length * length
+    forward: dict[str, float] = {}
+    backward: dict[str, float] = {}
+
+    def add(name: str, operations: float, times: float = 2) -> None:
+        if operations:
+            forward[name] = forward.get(name, 0) + operations
+            backward[name] = backward.get(name, 0) + times * operations
+
+    def linear(name: str, tokens: int, inputs: int, outputs: int, times: float = 2) -> None:
+        add(name, 2 * tokens * inputs * outputs, times)  # backward: the gradients of input and weight, one product each
+
+    linear("attention matrices", length * applied, dim, 2 * dim + 2 * kv)
+    add("attention products", 4 * pairs * dim * applied, ATTENTION_BACKWARD)
+    linear("MLP", length * applied, dim, 2 * int(model.mlp_mult * dim))
+    linear("head", length, dim, model.vocab_size)
+    if model.bigram.vocab_size:
+        linear("bigram", length, model.bigram.dim, dim)
+    if model.value_embedding_layers:
+        linear("value embedding", length, model.value_embedding.dim, kv)
+    if model.gated_attention:
+        linear("gates", length * applied, dim, heads)
+    if model.depth_gate:
+        linear("gates", length * applied, dim, 1, times=1)  # its input gets no gradient
+    if model.ttt_linear.enabled:
+        size, width = model.ttt_linear.mini_batch, dim // model.ttt_linear.num_heads
+        used = length - length % size
+        linear("TTT-Linear", used, dim, 4 * dim)
+        add("TTT-Linear", used * dim * (6 * width + 4 * size), 3)  # backward: the forward again, and twice as much
+    if model.flow.enabled:
+        linear("FlowRefiner", length, model.flow.latent_dim, 2 * dim + 2 * model.flow.hidden_dim)
+    if model.native_flow.enabled:
+        hidden = model.native_flow.hidden_dim
+        linear("NativeFlowMatcher", length, dim, 2 * hidden)
+        if training:  # the matching loss at random times, whose inputs get no gradient
+            linear("NativeFlowMatcher", length, dim, 2 * hidden, times=1)
+            linear("NativeFlowMatcher", length, dim, hidden)
+    if training:
+        for ahead in range(1, model.mtp.num_heads + 1):
+            linear("later targets", max(length - ahead, 0), dim, model.vocab_size)
+    return Flops(forward, backward)
+
+
+def per_token(model: ModelConfig, length: int, *, causal: bool = False, training: bool = True) -> Flops:
+    """Mean operations a token in sequences of ``length`` tokens."""
+    return per_sequence(model, length, causal=causal, training=training) / length
+
+
+def scoring(model: ModelConfig, window: int, stride: int, *, causal: bool = False) -> float:
+    """Operations a scored token with sliding windows: a whole window for ``stride`` targets, the head only for them."""
+    parts = dict(per_sequence(exported(model), window, causal=causal, training=False).forward)
+    head = parts.pop("head")
+    return sum(parts.values()) / stride + head / window
+
+
+def optimizer_flops(model: ModelConfig) -> int:
+    """Operations of Muon's Newton-Schulz iterations in one step."""
+    dim, kv, hidden = model.model_dim, model.num_kv_heads * model.head_dim, int(model.mlp_mult * model.model_dim)
+    shapes = [(dim, dim), (dim, dim), (kv, dim), (kv, dim), (dim, hidden), (dim, hidden)] * model.num_layers
+    shapes += [(model.vocab_size, dim)] * model.mtp.num_heads
+    sides = [sorted(shape) for shape in shapes]
+    return ITERATIONS * sum(4 * small * small * large + 2 * small**3 for small, large in sides)
+
+
+def saved_bytes(model: ModelConfig, rows: int, length: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes autograd keeps for the backward pass of one training step, counted without computing anything.
+
+    The model runs on the meta device; every storage that is saved and is no weight counts once. Attention is counted
+    as a fused kernel saves it: its inputs, its output and one float32 a query. In float32 this is what a CPU keeps. In
+    bfloat16 it is an estimate: weights and stream are all bfloat16, logits and the TTT-Linear scan float32, nothing is
+    fused; ``torch.compile`` keeps less.
+    """
+    with torch.device("meta"):
+        network = GPT(model).to(dtype)
+        tokens = torch.empty(rows, length, dtype=torch.int64)
+    weights = {_storage(p) for p in network.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[_storage(tensor)] = tensor  # holding it keeps its storage's address its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _FusedAttention():
+        loss = network.loss(tokens, tokens)
+    inputs = {_storage(tokens)}
+    del loss
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights | inputs)
+
+
+def activation_bytes(model: ModelConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """:func:`saved_bytes` of ``tokens`` tokens of a long sequence, from a short one: it grows with their number."""
+    return round(_saved_per_token(model, dtype) * tokens)
+
+
+@functools.lru_cache(maxsize=256)
+def _saved_per_token(model: ModelConfig, dtype: torch.dtype) -> float:
+    length = GROUP * model.ttt_linear.mini_batch if model.ttt_linear.enabled else 128
+    return saved_bytes(model, 1, length, dtype) / length
+
+
+def artifact_bytes(model: ModelConfig, quantize: QuantizeConfig) -> int:
+    """Estimated size of the artifact: every tensor as the quantiser will store it, at the coder's usual share.
+
+    Integers of b bits take ``CODED_SHARE * b`` bits, which holds within some 15 % for trained models of the published
+    size; weights that training has not spread, or a scale floor that squeezes them, take less.
+    """
+    with torch.device("meta"):
+        state = GPT(exported(model)).state_dict()
+    bits = 0.0
+    for name, tensor in state.items():
+        kind, count = route(name, tensor.numel(), quantize), tensor.numel()
+        if kind in ("float16", "float32"):
+            bits += count * (16 if kind == "float16" else 32) * CODED_SHARE_FLOAT
+            continue
+        width = quantize.other_bits
+        if kind == "matrix":
+            width = (quantize.mlp_bits if ".mlp." in name else 0) or quantize.matrix_bits
+        bits += count * width * CODED_SHARE + 16 * tensor.shape[0]
+    return round(bits / 8)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Estimated seconds of one optimiser step on each of the GPUs, and what they are made of."""
+
+    products: float
+    traffic: float
+    launches: float
+
+    @property
+    def seconds(self) -> float:
+        """All terms; they follow each other."""
+        return self.products + self.traffic + self.launches
+
+
+def step_time(config: Config, gpu: Gpu, gpus: int = 1) -> StepTime:
+    """Estimate one training step of ``train.batch_tokens`` tokens spread over ``gpus`` GPUs, in bfloat16.
+
+    Two constants stand for everything that differs between machines and programs; communication is left out.
+    """
+    model, tokens = config.model, config.train.batch_tokens / gpus
+    work = tokens * per_token(model, config.train.sequence_length, causal=True).training + optimizer_flops(model)
+    bytes_moved = TRAFFIC_FACTOR * activation_bytes(model, math.ceil(tokens))
+    launches = 0.0
+    if model.ttt_linear.enabled:
+        mini_batches = config.train.sequence_length // model.ttt_linear.mini_batch
+        launches = math.ceil(tokens / MICRO_BATCH_TOKENS) * mini_batches * SCAN_KERNELS * LAUNCH_SECONDS
+    return StepTime(work / (MATMUL_SHARE * gpu.flops), bytes_moved / gpu.bandwidth, launches)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _Saved(torch.autograd.Function):
+    """Stands for fused attention on the meta device: right shape out, right tensors saved."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+        out = q.new_empty(*q.shape[:-1], v.size(-1)).transpose(1, 2).contiguous().transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+
+class _FusedAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _Saved.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
