@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from golfbook.config import ModelConfig
 from golfbook.layers import BigramHash, Block, SmearGate, ValueEmbedding, rms_norm
+from golfbook.losses import softcapped_cross_entropy
 from golfbook.refiners import FlowRefiner, NativeFlowMatcher, TTTLinear
 from golfbook.settings import MTPConfig
 
@@ -105,11 +106,11 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map states (..., D) to soft-capped float32 logits (..., V): ``cap * tanh(z / cap)``."""
-        return self._softcapped(hidden, self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight)
-
-    def _softcapped(self, hidden: Tensor, head: Tensor) -> Tensor:
         cap = self.config.logit_softcap
-        return cap * torch.tanh(F.linear(hidden, head.to(hidden.dtype)).float() / cap)
+        return cap * torch.tanh(F.linear(hidden, self._head().to(hidden.dtype)).float() / cap)
+
+    def _head(self) -> Tensor:
+        return self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map token ids (B, T) to logits (B, T, V) in float32."""
@@ -130,12 +131,11 @@ class GPT(nn.Module):
         if config.mtp.num_heads and self.training:
             heads = [self._mtp_loss(x, targets, ahead) for ahead in range(1, config.mtp.num_heads + 1)]
             auxiliary = auxiliary + config.mtp.loss_weight * torch.stack(heads).mean()
-        return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten()) + auxiliary
+        return softcapped_cross_entropy(x, self._head(), targets, config.logit_softcap) + auxiliary
 
     def _mtp_loss(self, x: Tensor, targets: Tensor, ahead: int) -> Tensor:
         head = cast(nn.Linear, self.mtp_heads[ahead - 1])
-        logits = self._softcapped(x[:, :-ahead], head.weight)
-        return F.cross_entropy(logits.flatten(0, 1), targets[:, ahead:].flatten())
+        return softcapped_cross_entropy(x[:, :-ahead], head.weight, targets[:, ahead:], self.config.logit_softcap)
 
     def _value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
         layers = self.config.value_embedding_layers

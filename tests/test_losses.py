@@ -1,0 +1,34 @@
+"""The fused loss against the plain formula: value, gradients, chunk borders, and no gradient where none is asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from golfbook import losses
+from golfbook.losses import softcapped_cross_entropy
+
+
+@pytest.mark.parametrize("positions", [1, 7, 8, 23])
+def test_equals_the_plain_formula(positions, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 8 * 50)  # eight positions a chunk
+    generator = torch.Generator().manual_seed(positions)
+    hidden = torch.randn(positions, 12, generator=generator, dtype=torch.float64).mul_(3).requires_grad_()
+    head = torch.randn(50, 12, generator=generator, dtype=torch.float64).mul_(3).requires_grad_()
+    targets = torch.randint(0, 50, (positions,), generator=generator)
+    plain = F.cross_entropy(5.0 * torch.tanh(hidden @ head.T / 5.0), targets)
+    fused = softcapped_cross_entropy(hidden, head, targets, 5.0)
+    assert fused.item() == pytest.approx(plain.item(), abs=1e-5)
+    expected = torch.autograd.grad(2.5 * plain, (hidden, head))
+    for ours, theirs in zip(torch.autograd.grad(2.5 * fused, (hidden, head)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_no_gradient_work_without_a_gradient():
+    hidden, head, targets = torch.randn(2, 5, 8), torch.randn(20, 8), torch.randint(0, 20, (2, 5))
+    loss = softcapped_cross_entropy(hidden, head, targets, 30.0)
+    assert not loss.requires_grad
+    tied = head.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(softcapped_cross_entropy(hidden, tied, targets, 30.0), tied)
+    assert gradient.shape == head.shape
