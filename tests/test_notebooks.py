@@ -19,8 +19,8 @@ import pytest
 
 from golfbook import corpus
 from golfbook.config import load_config
-from golfbook.plan import STAGE_NOTEBOOKS, STAGE_PARAMETERS
-from golfbook.runs import Run, create_run, list_runs
+from golfbook.plan import STAGE_PARAMETERS
+from golfbook.runs import STAGE_NOTEBOOKS, Run, create_run, list_runs
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

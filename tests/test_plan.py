@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +10,13 @@ from typing import Any
 import nbformat
 import pytest
 
-import golfbook
 from fixture_project import Project, notebook
 from golfbook import estimates
 from golfbook.config import load_config, preset_names
-from golfbook.errors import GolfbookError, RunError
+from golfbook.errors import ConfigError, GolfbookError, RunError
 from golfbook.estimates import History, estimate, rough_parameters
-from golfbook.plan import STAGE_NOTEBOOKS, available_cores, check_notebook, flatten, plan, variant_hash
-from golfbook.runs import create_run
+from golfbook.plan import available_cores, check_notebook, flatten, plan, variant_hash
+from golfbook.runs import STAGE_NOTEBOOKS, create_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -223,10 +220,16 @@ def test_the_folder_is_named_by_the_hash(project: Project) -> None:
         run.run.state("plotting")
 
 
-def test_stages_and_plan_name_the_same_notebooks() -> None:
-    source = (Path(golfbook.__file__).parent / "stages.py").read_text(encoding="utf-8")
-    values = re.findall(r"STAGE_NOTEBOOKS[^=]*= (\{.*?\})", source, re.DOTALL)
-    assert [ast.literal_eval(value) for value in values] in ([], [STAGE_NOTEBOOKS])
+def test_scale_shrinks_the_preset_and_is_checked(project: Project) -> None:
+    project.job.write_text(
+        "study: scaled\npreset: pr1406\nscale: tiny\nstages: [training]\nseeds: [1]\nvariants: {base: {}}\n",
+        encoding="utf-8",
+    )
+    [run] = plan(project.job).runs
+    assert (run.config.preset, run.config.model.model_dim, run.config.model.num_layers) == ("pr1406-tiny", 64, 11)
+    project.job.write_text(project.job.read_text().replace("scale: tiny", "scale: tinny"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="unknown scale 'tinny'; did you mean 'tiny'"):
+        plan(project.job)
 
 
 def test_shipped_jobs_are_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

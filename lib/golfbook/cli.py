@@ -219,6 +219,7 @@ def _score(
     path: Path, artifact: Artifact, text: Path, stride: int, window: int | None, tokenizer: Path | None, field: str
 ) -> dict[str, str]:
     import numpy as np
+    from rich.progress import Progress
 
     from golfbook import artifact as artifacts
     from golfbook import corpus, documents, scoring
@@ -231,7 +232,13 @@ def _score(
     texts = documents.read_documents(text, field)
     tokens, token_bytes, total_bytes = corpus.encode_for_scoring(pieces, texts)
     started = time.monotonic()
-    nll = scoring.score(artifact.build(), tokens, window=window, stride=stride)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("windows")
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        nll = scoring.score(artifact.build(), tokens, window=window, stride=stride, progress=show)
     seconds = time.monotonic() - started
     values: dict[str, Any] = scoring.summarize(nll, total_bytes)
     lost = total_bytes - int(np.sum(token_bytes, dtype=np.int64))

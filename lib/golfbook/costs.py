@@ -95,8 +95,8 @@ class Flops:
 def per_sequence(model: ModelConfig, length: int, *, causal: bool = False, training: bool = True) -> Flops:
     """Operations of one sequence of ``length`` tokens; whole numbers.
 
-    ``training`` adds what only a training step computes: the flow-matching loss and heads for later targets. The
-    velocity's time embedding at inference, one vector a call, is left out.
+    ``training`` adds what only a training step computes: the flow-matching loss and heads for later targets. What is
+    computed once a call (the time embedding of NativeFlowMatcher) counts once a sequence.
     """
     dim, kv, heads = model.model_dim, model.num_kv_heads * model.head_dim, model.num_heads
     applied = model.num_layers + len(model.recurrence)
@@ -134,6 +134,7 @@ def per_sequence(model: ModelConfig, length: int, *, causal: bool = False, train
     if model.native_flow.enabled:
         hidden = model.native_flow.hidden_dim
         linear("NativeFlowMatcher", length, dim, 2 * hidden)
+        linear("NativeFlowMatcher", 1, dim, hidden, times=1)  # the embedding of t = 1
         if training:  # the matching loss at random times, whose inputs get no gradient
             linear("NativeFlowMatcher", length, dim, 2 * hidden, times=1)
             linear("NativeFlowMatcher", length, dim, hidden)

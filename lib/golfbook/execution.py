@@ -22,10 +22,17 @@ import psutil
 
 from golfbook import errors
 from golfbook.errors import GolfbookError, RunError
-from golfbook.files import atomic_write_bytes, atomic_write_json, project_root, runs_root, sha256_file
-from golfbook.plan import STAGE_NOTEBOOKS, executed_notebook, notebook_path, stage_finished
+from golfbook.files import (
+    atomic_write_bytes,
+    atomic_write_json,
+    figures_root,
+    project_root,
+    runs_root,
+    sha256_file,
+)
+from golfbook.plan import executed_notebook, notebook_path, stage_finished
 from golfbook.results import digest, rows
-from golfbook.runs import Run, exit_with_parent, open_run
+from golfbook.runs import STAGE_NOTEBOOKS, Run, exit_with_parent, open_run
 
 TRACEBACK_LINES = 12
 SOCKET_PATH = 90  # characters; operating systems allow little more than 100
@@ -89,14 +96,9 @@ def execute_figure(study: str, name: str) -> None:
         {
             "results_sha256": found,
             "notebook_sha256": notebook,
-            "outputs": [str(path.relative_to(figures_folder())) for path in changed],
+            "outputs": [str(path.relative_to(figures_root())) for path in changed],
         },
     )
-
-
-def figures_folder() -> Path:
-    """Folder of generated pictures: ``GOLFBOOK_FIGURES`` or ``<project>/figures``."""
-    return Path(os.environ.get("GOLFBOOK_FIGURES") or project_root() / "figures").resolve()
 
 
 def figure_record(study: str, name: str) -> Path:
@@ -217,7 +219,7 @@ def _last_cell(partial: Path) -> str:
 
 
 def _pictures() -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in sorted(figures_folder().rglob("*")) if path.is_file()}
+    return {path: path.stat().st_mtime_ns for path in sorted(figures_root().rglob("*")) if path.is_file()}
 
 
 def _kill_kernel() -> None:

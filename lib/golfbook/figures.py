@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -28,7 +27,7 @@ from scipy import stats
 
 from golfbook.config import TrainConfig
 from golfbook.errors import GolfbookError
-from golfbook.files import atomic_path, atomic_write_bytes, project_root
+from golfbook.files import atomic_path, atomic_write_bytes, figures_root
 from golfbook.statistics import describe
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -97,11 +96,6 @@ def png(figure: Figure, dpi: int = DPI) -> bytes:
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def figures_root() -> Path:
-    """Folder of generated pictures: ``GOLFBOOK_FIGURES`` or ``<project>/figures``."""
-    return Path(os.environ.get("GOLFBOOK_FIGURES") or project_root() / "figures").resolve()
 
 
 def save(figure: Figure, name: str, table: pd.DataFrame | None = None) -> list[Path]:

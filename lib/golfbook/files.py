@@ -43,6 +43,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("GOLFBOOK_CACHE") or project_root() / ".cache").resolve()
 
 
+def figures_root() -> Path:
+    """Folder of generated pictures: ``GOLFBOOK_FIGURES`` or ``<project>/figures``."""
+    return Path(os.environ.get("GOLFBOOK_FIGURES") or project_root() / "figures").resolve()
+
+
 def resolve(path: str | Path) -> Path:
     """Absolute form of a path from a config: relative ones are taken from the project root, not the working folder."""
     path = Path(path).expanduser()

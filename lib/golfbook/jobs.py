@@ -29,12 +29,11 @@ from golfbook.execution import (
     describe_exit,
     error_path,
     figure_record,
-    figures_folder,
     log_tail,
     note_failure,
     stage_log,
 )
-from golfbook.files import project_root, runs_root, sha256_file
+from golfbook.files import figures_root, project_root, runs_root, sha256_file
 from golfbook.plan import Plan, PlannedRun, notebook_path, plan
 from golfbook.results import collect, digest, is_collected, note_variants, rows
 from golfbook.runs import create_run
@@ -172,7 +171,7 @@ class _Job:
         finished = any(status.state == "done" for status in self.statuses)
         for figure in self.figures:
             record = _read_record(figure_record(study, figure.name))
-            figure.outputs = [figures_folder() / name for name in record.get("outputs", [])]
+            figure.outputs = [figures_root() / name for name in record.get("outputs", [])]
             if not finished:
                 figure.state, figure.message = "skipped", "no run has finished"
             elif self._is_current(figure, record, digest(found)):
@@ -253,7 +252,7 @@ class _Job:
             self._tell()
             worker.join(POLL_SECONDS)
         record = _read_record(figure_record(self.plan.study, figure.name))
-        figure.outputs = [figures_folder() / name for name in record.get("outputs", [])]
+        figure.outputs = [figures_root() / name for name in record.get("outputs", [])]
         if done == [0]:
             figure.state = "done"
         else:

@@ -27,17 +27,12 @@ from golfbook.config import Config, load_config, read_yaml
 from golfbook.errors import ConfigError, GolfbookError, nearest
 from golfbook.estimates import Estimate, estimate, read_history, uses_gpu, visible_gpus
 from golfbook.files import canonical_json, project_root, resolve, runs_root, sha256_bytes
-from golfbook.runs import STAGES, Run, run_folder
+from golfbook.runs import STAGE_NOTEBOOKS, STAGES, Run, run_folder
 
-STAGE_NOTEBOOKS = {
-    "training": "03_training",
-    "quantization": "04_quantization",
-    "test_time_training": "05_test_time_training",
-}
 STAGE_PARAMETERS = ("preset", "seed", "study", "variant", "overrides", "run_dir")
 FIGURE_PARAMETERS = ("study",)
 REQUIRED_KEYS = ("study", "preset", "stages", "seeds", "variants")
-OPTIONAL_KEYS = ("overrides", "figures", "workers")
+OPTIONAL_KEYS = ("scale", "overrides", "figures", "workers")
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ def plan(path: str | Path, *, workers: int | None = None) -> Plan:
             overrides = {**shared, **flatten(own or {})}
             try:
                 _refuse_reserved(overrides)
-                config = load_config(preset, seed=seed, overrides=overrides)
+                config = load_config(preset, scale=job.get("scale", "published"), seed=seed, overrides=overrides)
                 _check_files(config)
                 folder = run_folder(job["study"], variant, config)
                 cost = estimate(config, job["stages"], history)
@@ -225,7 +220,7 @@ def _check_shape(job: Mapping[str, Any]) -> list[str]:
     known = (*REQUIRED_KEYS, *OPTIONAL_KEYS)
     found = [f"unknown key '{key}'{nearest(str(key), known)}" for key in job if key not in known]
     found += [f"the key '{key}' is missing" for key in REQUIRED_KEYS if key not in job]
-    for key in ("study", "preset"):
+    for key in ("study", "preset", "scale"):
         if key in job and not isinstance(job[key], str):
             found.append(f"{key} must be text, got {job[key]!r}")
     found += _check_list(job, "stages", str, "names of stages") + _check_list(job, "seeds", int, "whole numbers")

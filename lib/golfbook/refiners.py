@@ -62,7 +62,7 @@ class TTTLinear(nn.Module):
         )  # fmt: skip
         joined = outputs.unflatten(1, (batch, self.heads)).permute(1, 0, 3, 2, 4).reshape(batch, used, dim)
         refined = torch.sigmoid(self.gate) * self.o_proj(self.post_norm(joined).to(x.dtype))
-        return F.pad(refined, (0, 0, 0, time - used))
+        return F.pad(refined, (0, 0, 0, time - used)) if used < time else refined
 
 
 class FlowRefiner(nn.Module):

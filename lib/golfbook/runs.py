@@ -31,7 +31,12 @@ from golfbook.config import Config, load_config, validate
 from golfbook.errors import GolfbookError, RunError
 from golfbook.files import atomic_write_json, project_root, runs_root, sha256_file
 
-STAGES = ("training", "quantization", "test_time_training")
+STAGE_NOTEBOOKS = {
+    "training": "03_training",
+    "quantization": "04_quantization",
+    "test_time_training": "05_test_time_training",
+}
+STAGES = tuple(STAGE_NOTEBOOKS)
 SCHEMA_VERSION = 1
 State = Literal["done", "failed", "stale", "missing"]
 
@@ -216,12 +221,18 @@ def open_run(path: str | Path) -> Run:
 
 
 def notebook_run(
-    preset: str, seed: int, overrides: Mapping[str, Any] | None, study: str, variant: str, run_dir: str = ""
+    preset: str,
+    seed: int,
+    overrides: Mapping[str, Any] | None,
+    study: str,
+    variant: str,
+    run_dir: str = "",
+    scale: str = "published",
 ) -> Run:
     """The run a stage notebook works on: ``run_dir`` where a job gives one, else the folder of its parameters."""
     if run_dir:
         return open_run(run_dir)
-    return create_run(study, variant, load_config(preset, seed=seed, overrides=overrides))
+    return create_run(study, variant, load_config(preset, scale=scale, seed=seed, overrides=overrides))
 
 
 def list_runs(study: str) -> list[Run]:

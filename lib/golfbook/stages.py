@@ -20,12 +20,6 @@ from golfbook.model import GPT, exported, exported_state
 from golfbook.runs import STAGES, Run
 from golfbook.training import choose_device
 
-STAGE_NOTEBOOKS = {
-    "training": "03_training",
-    "quantization": "04_quantization",
-    "test_time_training": "05_test_time_training",
-}
-
 
 def run_training(run: Run, on_update: launcher.Update | None = None) -> dict[str, Any]:
     """Train in a subprocess, following its metrics; see :func:`golfbook.launcher.follow`."""
