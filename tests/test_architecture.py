@@ -160,7 +160,7 @@ def survives_the_artifact(config: ModelConfig, folder: Path) -> None:
         assert torch.equal(loaded(tokens), model(tokens))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(config=models(), cut=st.integers(1, LENGTH - 1))
 def test_any_valid_combination_works(config: ModelConfig, cut: int) -> None:
     train_one_step(config)

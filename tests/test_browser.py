@@ -180,13 +180,14 @@ def changed(image: Locator, before: str) -> str:
 
 def run_all_cells(page: Page, count: int) -> None:
     """Run > Run All Cells; wait until the last cell has its number and the kernel is idle."""
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+    idle = page.locator("#jp-bottom-panel, #jp-main-statusbar").get_by_text("| Idle")
+    idle.wait_for()  # before its kernel is connected, a notebook that is run asks which kernel to take
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     error = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
     last = page.locator(".jp-InputPrompt", has_text=f"[{count}]:")
     last.or_(error).first.wait_for(state="attached")
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+    idle.wait_for()
 
 
 def save(page: Page, path: Path) -> None:

@@ -49,7 +49,9 @@ ORDER = [
     "figures",
     "text_figures",
     "size_figures",
+    "architecture_figures",
     "panels",
+    "architecture_panels",
     "reports",
     "cli",
 ]

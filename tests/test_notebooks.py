@@ -124,11 +124,11 @@ def test_parameters_are_plain_and_papermill_sees_them_all(path: Path) -> None:
     names = [statement.target.id for statement in body]  # type: ignore[union-attr, attr-defined]
     assert set(names) == set(papermill.inspect_notebook(str(path)))
     if path.stem in STAGE_NOTEBOOKS.values():
-        assert tuple(names[: len(STAGE_PARAMETERS)]) == STAGE_PARAMETERS
+        assert set(STAGE_PARAMETERS) | {"scale"} <= set(names)
     following = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
     index = following.index(parameters(path))
     if path.stem in STAGE_NOTEBOOKS.values():
-        assert "runs.notebook_run(preset, seed, overrides, study, variant, run_dir)" in following[index + 1]
+        assert "runs.notebook_run(preset, seed, overrides, study, variant, run_dir, scale)" in following[index + 1]
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def test_an_empty_variant_may_be_left_blank(project: Project) -> None:
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"sedes": [1]}, r"unknown key 'sedes'; did you mean 'seeds'\?"),
-    ({"scale": "tiny"}, r"unknown key 'scale'"),
+    ({"scales": "tiny"}, r"unknown key 'scales'; did you mean 'scale'"),
     ({"preset": None}, r"the key 'preset' is missing"),
     ({"preset": "quickstrat"}, r"unknown preset 'quickstrat'; did you mean 'quickstart'\?"),
     ({"preset": "mine.yaml"}, r"cannot read .*mine\.yaml"),

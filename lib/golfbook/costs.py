@@ -39,8 +39,8 @@ ITERATIONS = 5  # of Newton-Schulz in Muon
 # the peak rate, and memory traffic at the full bandwidth. Traffic is each saved activation times a factor (written,
 # read again, and the same for gradients and what fusing does not save). The two numbers were chosen so that two
 # published runs come out: PR 1232's base on an A100 and PR 1406 on eight H100.
-MATMUL_SHARE = 0.415
-TRAFFIC_FACTOR = 2.72
+MATMUL_SHARE = 0.414
+TRAFFIC_FACTOR = 2.77
 # TTT-Linear is a sequence of small kernels, whose launches count more than their work.
 SCAN_KERNELS = 34  # launched for a mini-batch, forward, recomputation and backward together
 LAUNCH_SECONDS = 5e-6
@@ -191,14 +191,16 @@ def saved_bytes(model: ModelConfig, rows: int, length: int, dtype: torch.dtype =
 
 
 def activation_bytes(model: ModelConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """:func:`saved_bytes` of ``tokens`` tokens of a long sequence, from a short one: it grows with their number."""
-    return round(_saved_per_token(model, dtype) * tokens)
+    """:func:`saved_bytes` of ``tokens`` tokens of a long sequence, from two short ones: a constant and so much each."""
+    constant, each = _saved_line(model, dtype)
+    return round(constant + each * tokens)
 
 
 @functools.lru_cache(maxsize=256)
-def _saved_per_token(model: ModelConfig, dtype: torch.dtype) -> float:
-    length = GROUP * model.ttt_linear.mini_batch if model.ttt_linear.enabled else 128
-    return saved_bytes(model, 1, length, dtype) / length
+def _saved_line(model: ModelConfig, dtype: torch.dtype) -> tuple[float, float]:
+    length = GROUP * model.ttt_linear.mini_batch if model.ttt_linear.enabled else 64
+    short, long = (saved_bytes(model, 1, n, dtype) for n in (length, 2 * length))
+    return 2 * short - long, (long - short) / length
 
 
 def artifact_bytes(model: ModelConfig, quantize: QuantizeConfig) -> int:
