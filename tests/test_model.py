@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from golfbook.config import ModelConfig, load_config
-from golfbook.layers import BigramHash, Canon, SmearGate, apply_rope, exclusive_attention, rms_norm, rope_tables
+from golfbook.kernels import rms_norm
+from golfbook.layers import BigramHash, Canon, SmearGate, apply_rope, exclusive_attention, rope_tables
 from golfbook.model import GPT, exported, exported_state, initialise, parameter_table
 from reference import fill_hashed, hashed_batch, hashed_tokens, sine, uniform
 

@@ -14,18 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golfbook.config import ModelConfig
-
-RMS_EPS = torch.finfo(torch.float32).eps
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps)`` over the last axis, no gain, eps = 2^-23; the result keeps the dtype of ``x``.
-
-    The dtype is pinned because torch 2.12 moved ``rms_norm`` to autocast's float32 list; the published runs used older
-    releases, where a bfloat16 stream stays bfloat16.
-    """
-    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS).to(x.dtype)
-
+from golfbook.kernels import causal_attention, rms_norm, squared_leaky_relu
 
 @functools.lru_cache(maxsize=16)
 def rope_tables(length: int, dims: int, base: float, train_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -113,9 +102,7 @@ class Attention(nn.Module):
         )
         q, k = apply_rope(rms_norm(q), cos, sin), apply_rope(rms_norm(k), cos, sin)
         q = q * self.q_gain.to(q.dtype)[:, None]
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
-        ).transpose(1, 2)
+        y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         if self.exclusive:
             y = exclusive_attention(y, v)
         if config.gated_attention:
@@ -135,7 +122,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
+        return self.proj(squared_leaky_relu(self.fc(x), self.slope))
 
 
 class Canon(nn.Module):
@@ -181,10 +168,10 @@ class Block(nn.Module):
         """Return (stream (B, T, D), raw values of this layer (B, T, K*d))."""
         mix = self.resid_mix.to(x.dtype)
         u = mix[0] * x + mix[1] * x0
-        normed = self.scale * rms_norm(u)
+        normed = rms_norm(u, self.scale)
         attended, values = self.attn(self._canon("a", normed), value_embedding, first_values)
         y = u + self.attn_scale.to(x.dtype) * attended
-        out = y + self.mlp_scale.to(x.dtype) * self.mlp(self._canon("c", self.scale * rms_norm(y)))
+        out = y + self.mlp_scale.to(x.dtype) * self.mlp(self._canon("c", rms_norm(y, self.scale)))
         if hasattr(self, "dtg_gate"):
             out = u + torch.sigmoid(self.dtg_gate(u.detach())) * (out - u)
         return out, values

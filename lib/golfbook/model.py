@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golfbook.config import ModelConfig
-from golfbook.layers import BigramHash, Block, SmearGate, ValueEmbedding, rms_norm
+from golfbook.kernels import rms_norm
+from golfbook.layers import BigramHash, Block, SmearGate, ValueEmbedding
 from golfbook.losses import softcapped_cross_entropy
 from golfbook.refiners import FlowRefiner, NativeFlowMatcher, TTTLinear
 from golfbook.settings import MTPConfig

@@ -218,19 +218,39 @@ class TrainConfig(Section):
     scalar_lr: Rate = Field(0.025, description="AdamW: vectors, scalars, small projections, refiners")
     embed_lr: Rate = Field(0.035, description="AdamW: embedding tables")
     head_lr: Rate = Field(0.008, description="Adam: untied output head, without weight decay")
-    warmdown_steps: NonNegative = Field(4311, description="last steps over which the learning rate falls to 0, linear")
+    lr_warmup_steps: NonNegative = Field(0, description="first steps over which the learning rate rises linearly")
+    warmdown_steps: NonNegative = Field(4311, description="last steps over which the learning rate falls")
+    warmdown_shape: Literal["linear", "cosine"] = Field("linear", description="linear is what all four systems' code does")
+    min_lr_scale: Fraction = Field(0.0, description="share of the base rates that the warmdown ends at")
+    max_seconds: Rate = Field(0.0, description="stop training by the clock, and warm down by it; 0: by steps")
     muon_momentum: Fraction = 0.99
     muon_momentum_start: Fraction = 0.92
     muon_momentum_warmup_steps: NonNegative = 1500
     newton_schulz_steps: Positive = 5
-    muon_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="momentum and Newton-Schulz arithmetic")
+    newton_schulz_coefficients: Literal["quintic", "polar_express"] = "quintic"
+    muon_row_norm: bool = Field(False, description="MuonEq-R: rows to unit norm first (in PR 1406's text, not its code)")
+    muon_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Newton-Schulz arithmetic")
+    muon_momentum_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="PR 1170 and 1232: float32")
+    muon_bigram_proj: bool = Field(False, description="Muon for the bigram projection (PR 1170, 1232) and not AdamW")
     muon_weight_decay: Rate = 0.04
     adam_weight_decay: Rate = 0.04
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.95
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     grad_clip: Rate = Field(0.3, description="global L2 norm; 0: no clipping")
-    ema_decay: Fraction = Field(0.997, description="moving average of the weights, used in the end; 0: last weights")
+    averaging: Literal["none", "ema", "swa", "swa_of_ema"] = Field("ema", description="which weights are handed on")
+    ema_decay: Fraction = 0.997
+    swa_every: Positive = Field(50, description="steps between the snapshots that SWA averages")
+    swa_start: Fraction = Field(0.2, description="SWA starts when the learning-rate scale falls below this")
+    qat_start: Fraction = Field(0.0, description="fake-quantise once the learning-rate scale falls below this; 0: never")
+    micro_batches: Positive = Field(1, description="pieces a process cuts its batch into, to save memory")
+    loader: Literal["sequential", "coprime"] = Field("sequential", description="order of windows in the shards")
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        "auto", description="of activations; masters stay float32. auto: bfloat16 where the hardware is fast at it"
+    )
+    compile: bool = Field(False, description="torch.compile; falls back to eager where there is no compiler")
+    compile_warmup_steps: NonNegative = Field(0, description="steps on synthetic tokens before the clock, then undone")
+    checkpoint_activations: bool = Field(False, description="recompute block activations in backward to save memory")
     validate_every: NonNegative = Field(500, description="steps between validations; 0: only at the end")
     log_every: Positive = 10
     checkpoint_every: NonNegative = Field(1000, description="steps between checkpoints; 0: only at the end")
