@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from golfbook.config import QuantizeConfig, load_config
 from golfbook.errors import RunError
 from golfbook.model import GPT, initialise
-from golfbook.quantization import dequantize, quantize_matrix, quantize_other, quantize_state, route
+from golfbook.quantization import dequantize, quantize_matrix, quantize_other, quantize_state, route, row_quantiles
 from reference import sine, uniform
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -219,3 +219,15 @@ def test_refuses_what_cannot_be_stored():
     with pytest.raises(RunError, match=r"'steps'.*torch.int64"):
         quantize_state({"steps": torch.arange(3)}, config)
     assert quantize_state({"skip_weights": torch.tensor([65504.0])}, config)["skip_weights"].kind == "float16"
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 64, 511, 512, 1536, 2000])
+def test_row_quantiles_are_those_of_torch(columns):
+    """Bit for bit, ties and zero rows included, so that integers cannot depend on which one is used."""
+    matrix = torch.randn(40, columns, generator=torch.Generator().manual_seed(columns)).abs()
+    matrix[0] = 0
+    matrix[1] = 0.25
+    quantiles = (0.1, 0.5, 0.9990, 0.9995, 0.9999, 0.99999, 0.9999984, 1.0)
+    for chosen in (quantiles, quantiles[2:], quantiles[-1:]):
+        expected = torch.quantile(matrix, torch.tensor(chosen), dim=1)
+        assert torch.equal(row_quantiles(matrix, chosen), expected)

@@ -28,6 +28,7 @@ from scipy import stats
 from golfbook.config import TrainConfig
 from golfbook.errors import GolfbookError
 from golfbook.files import atomic_path, atomic_write_bytes, figures_root
+from golfbook.schedules import schedule_table
 from golfbook.statistics import describe
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -196,13 +197,8 @@ def schedule(lr_scale: ArrayLike, momentum: ArrayLike, ema_decay: float) -> Pict
 
 def schedule_of(train: TrainConfig) -> Picture:
     """:func:`schedule` of a training configuration, with the very functions the training loop uses."""
-    from golfbook import muon  # brings torch along, which no other picture here needs
-
-    return schedule(
-        [muon.lr_scale(step, train) for step in range(train.steps)],
-        [muon.muon_momentum(step, train) for step in range(train.steps)],
-        train.ema_decay,
-    )
+    table = schedule_table(train)
+    return schedule(table["lr_scale"], table["muon_momentum"], train.ema_decay)
 
 
 @styled

@@ -6,42 +6,117 @@ that every singular direction moves at the same speed. Constants and order of op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from golfbook.config import TrainConfig
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+Coefficients = Literal["quintic", "polar_express"]
+QUINTIC = (3.4445, -4.7750, 2.0315)
+# Amsel, Persson, Musco and Gower, "The Polar Express" (2025, arXiv 2505.16932), Algorithm 1: the best odd quintic of
+# each step for singular values that start between 0.001 and 1, before the safety factor; the last one repeats.
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+SAFETY = 1.01  # keeps rounded values inside the interval that the next polynomial was made for
 NORM_EPS = 1e-7
+GRAM_RATIO = 3  # long sides per short side from which several steps are taken on the small Gram matrix together
+# How many of the first steps: float32 is safe for all of them, bfloat16 errors of a Gram matrix grow with each step
+GRAM_STEPS = {torch.float32: 100, torch.bfloat16: 2}
+CPU_BATCH_BYTES = 2**20  # of matrices in one batch on a CPU: the iteration's buffers then stay in the cache
 BLOCK_MATRICES = (*(f"attn.{n}.weight" for n in ("c_q", "c_k", "c_v", "proj")), "mlp.fc.weight", "mlp.proj.weight")
 
 
-def newton_schulz(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Approximate ``U V^T`` of each matrix ``U S V^T`` in ``matrices`` (..., rows, columns) by a quintic iteration.
+def iteration_coefficients(steps: int, coefficients: Coefficients = "quintic") -> list[tuple[float, float, float]]:
+    """The (a, b, c) of each of ``steps`` Newton-Schulz steps ``X <- a X + b (X X^T) X + c (X X^T)^2 X``.
 
-    ``X <- a X + (b A + c A A) X`` with ``A = X X^T`` on the matrix divided by its Frobenius norm; the singular values
-    end between about 0.68 and 1.13. Returns the same shape in ``dtype``. Zero matrices stay zero.
+    "quintic" is the published constant triple. "polar_express" changes it from step to step; each polynomial but the
+    last of its table is p(x / 1.01), as in the paper.
     """
-    a, b, c = COEFFICIENTS
-    x = matrices.to(dtype)
+    if coefficients == "quintic":
+        return [QUINTIC] * steps
+    table = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS[:-1]]
+    return (table + [POLAR_EXPRESS[-1]] * steps)[:steps]
+
+
+def newton_schulz(
+    matrices: Tensor,
+    steps: int = 5,
+    dtype: torch.dtype = torch.bfloat16,
+    coefficients: Coefficients = "quintic",
+) -> Tensor:
+    """Approximate ``U V^T`` of each matrix ``U S V^T`` in ``matrices`` (..., rows, columns).
+
+    ``X <- a X + (b A + c A A) X`` with ``A = X X^T`` on the matrix divided by its Frobenius norm (for Polar Express by
+    1.01 times it). After five steps singular values lie between about 0.68 and 1.13 with the quintic. Returns the same
+    shape in ``dtype``. Zero matrices stay zero.
+    """
+    x = matrices.to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1, *matrices.shape[-2:])
+    return _orthogonalise(x, iteration_coefficients(steps, coefficients), coefficients).view(matrices.shape)
+
+
+def _orthogonalise(x: Tensor, table: list[tuple[float, float, float]], coefficients: Coefficients) -> Tensor:
+    """:func:`newton_schulz` of a batch (n, rows, columns), which is used up; never transposes a matrix in memory.
+
+    A is the Gram matrix on the shorter side. For long matrices the first steps share their products with X: with
+    ``Z = a I + b A + c A A`` the next X is ``Z X`` and its Gram matrix ``Z A Z``. In exact arithmetic nothing changes;
+    in float32 singular values of a millionth come out right to about 1 %, and bfloat16 stays within twice the error
+    that it makes step by step.
+    """
     tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + NORM_EPS)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    x.div_((norm if coefficients == "quintic" else SAFETY * norm) + NORM_EPS)
+    long = max(x.shape[-2:]) >= GRAM_RATIO * min(x.shape[-2:])
+    together = GRAM_STEPS.get(x.dtype, 1) if long else 1
+    for steps in (table[:together], *([step] for step in table[together:])):
+        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
+        alpha, w = _gram_steps(gram, steps)
+        x = torch.baddbmm(x, x, w, beta=alpha) if tall else torch.baddbmm(x, w, x, beta=alpha)
+    return x
+
+
+def _gram_steps(gram: Tensor, steps: list[tuple[float, float, float]]) -> tuple[float, Tensor]:
+    """The product ``alpha I + W`` of the Z of ``steps``; the multiples of I stay apart, so that they are not rounded.
+
+    All matrices are polynomials of ``gram``, so they are symmetric and commute.
+    """
+    (a, b, c), *others = steps
+    w = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    alpha, product = a, w
+    for following in others:
+        half = torch.baddbmm(gram, w, gram, beta=a)
+        gram = torch.baddbmm(half, half, w, beta=a)
+        a, b, c = following
+        w = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        product = torch.baddbmm((alpha * w).add_(product, alpha=a), w, product)
+        alpha *= a
+    return alpha, product
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, Newton-Schulz, decoupled weight decay; matrices of one shape are handled as one batch.
 
-    ``m <- mu m + g; u = g + mu m; W <- (1 - lr wd) W - lr sqrt(max(1, rows/columns)) NS(u)``. Momentum and iteration
-    use ``dtype``; parameters keep theirs. Raises ValueError for a parameter that is no matrix.
+    ``m <- mu m + g; u = g + mu m; W <- (1 - lr wd) W - lr sqrt(max(1, rows/columns)) NS(u)``. Parameters keep their
+    dtype. ``dtype`` is that of the iteration; ``momentum_dtype`` is that of g, m and u: bfloat16 in PR 1166 and 1406,
+    where the gradient is rounded before anything else, float32 in PR 1170 and 1232, where only u is rounded. PR 1170
+    and 1232 also round the update once more after the shape factor; here, as in PR 1166, the factor is part of the
+    float32 step, which differs by at most half a bfloat16 unit (0.2 %) of the update and is closer to the formula.
+
+    ``row_norm`` divides each row of u by ``max(its norm, 1e-7)`` before the iteration (MuonEq-R, as PR 1217 and 1260
+    do it; PR 1406 describes it, section 11.6); the norm is taken in float32 and momenta stay as they are.
+
+    On a CPU a batch is cut so that it stays in the cache. A matrix without a gradient is left alone, decay included.
+    Raises ValueError for a parameter that is no matrix.
     """
 
     def __init__(
@@ -52,9 +127,15 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.04,
         steps: int = 5,
         dtype: torch.dtype = torch.bfloat16,
+        *,
+        momentum_dtype: torch.dtype | None = None,
+        coefficients: Coefficients = "quintic",
+        row_norm: bool = False,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.steps, self.dtype = steps, dtype
+        self.dtype, self.momentum_dtype = dtype, momentum_dtype or dtype
+        self.coefficients, self.row_norm = coefficients, row_norm
+        self.table = iteration_coefficients(steps, coefficients)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim != 2:
@@ -65,48 +146,70 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         assert closure is None, "Muon does not evaluate a closure"
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    shapes.setdefault(parameter.shape, []).append(parameter)
-            for shape, batch in shapes.items():
-                self._step_shape(shape, batch, group)
+            for batch in self._batches(group["params"]):
+                self._step_batch(batch, group)
 
-    def _step_shape(self, shape: torch.Size, batch: list[Tensor], group: dict[str, Any]) -> None:
-        gradients = [p.grad.to(self.dtype) for p in batch if p.grad is not None]
-        for parameter, gradient in zip(batch, gradients, strict=True):
+    def _batches(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+        shapes: dict[torch.Size, list[Tensor]] = {}
+        for parameter in parameters:
+            if parameter.grad is not None:
+                shapes.setdefault(parameter.shape, []).append(parameter)
+        for shape, same in shapes.items():
+            fits = len(same)
+            if same[0].device.type == "cpu":
+                fits = max(1, CPU_BATCH_BYTES // (shape.numel() * self.dtype.itemsize))
+            for start in range(0, len(same), fits):
+                yield same[start : start + fits]
+
+    def _step_batch(self, batch: list[Tensor], group: dict[str, Any]) -> None:
+        rows, columns = batch[0].shape
+        bank = torch.empty(len(batch), rows, columns, dtype=self.momentum_dtype, device=batch[0].device)
+        nesterov = list(bank.unbind(0))  # first the gradients
+        torch._foreach_copy_(nesterov, [p.grad for p in batch if p.grad is not None])
+        for parameter in batch:
             if not self.state[parameter]:
-                self.state[parameter]["momentum"] = torch.zeros_like(gradient)
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter, dtype=self.momentum_dtype)
         momenta = [self.state[p]["momentum"] for p in batch]
         torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, gradients)
-        nesterov = torch.stack(gradients) + torch.stack(momenta) * group["momentum"]
-        updates = newton_schulz(nesterov, self.steps, self.dtype)
+        torch._foreach_add_(momenta, nesterov)
+        torch._foreach_add_(nesterov, momenta, alpha=group["momentum"])
+        if self.row_norm:
+            normalise_rows_(bank)
+        updates = _orthogonalise(bank.to(self.dtype), self.table, self.coefficients).to(batch[0].dtype)
         torch._foreach_mul_(batch, 1.0 - group["lr"] * group["weight_decay"])
-        scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-        torch._foreach_add_(batch, list(updates.to(batch[0].dtype).unbind(0)), alpha=-scale)
+        scale = group["lr"] * max(1.0, rows / columns) ** 0.5
+        torch._foreach_add_(batch, list(updates.unbind(0)), alpha=-scale)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore momenta in the optimiser's own dtype; torch's default would cast them to the parameters' dtype."""
+        """Restore momenta in their own dtype; torch's default would cast them to the parameters' dtype."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
-            state["momentum"] = state["momentum"].to(self.dtype)
+            state["momentum"] = state["momentum"].to(self.momentum_dtype)
 
 
-def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
+def normalise_rows_(matrices: Tensor) -> Tensor:
+    """Divide rows of ``matrices`` (..., rows, columns) by ``max(norm, 1e-7)`` in place; norms are taken in float32."""
+    norm = torch.linalg.vector_norm(matrices, dim=-1, keepdim=True, dtype=torch.float32)
+    return matrices.div_(norm.clamp_min_(NORM_EPS))
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> dict[str, list[str]]:
     """Names of the parameters each optimiser trains: ``matrix``, ``embed``, ``scalar`` and ``head``.
 
     PR 1166 section 14.1: block matrices by Muon, the three tables by AdamW at the embedding rate, an untied head by
     Adam, heads of multi-token prediction by Muon (as PR 1170 does; PR 1166's code forgets them), everything else
-    (vectors, scalars, small projections, refiners) by AdamW at the scalar rate.
+    (vectors, scalars, small projections, refiners) by AdamW at the scalar rate. ``config.muon_bigram_proj`` moves the
+    projection of the hashed bigrams to Muon (PR 1170, PR 1232). The published scripts train the token table of an
+    untied model at 0.6; no published run is untied, so ``config.embed_lr`` holds for both cases here.
     """
     groups: dict[str, list[str]] = {"matrix": [], "embed": [], "scalar": [], "head": []}
+    moved = {"bigram.proj.weight"} if config.muon_bigram_proj else set()
     for name, _ in model.named_parameters():
         if name in ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight"):
             groups["embed"].append(name)
         elif name == "lm_head.weight":
             groups["head"].append(name)
-        elif name.startswith("mtp_heads.") or name.split(".", 2)[-1] in BLOCK_MATRICES:
+        elif name.startswith("mtp_heads.") or name in moved or name.split(".", 2)[-1] in BLOCK_MATRICES:
             groups["matrix"].append(name)
         else:
             groups["scalar"].append(name)
@@ -115,7 +218,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> tuple[Muon, torch.optim.AdamW]:
     """Build the two optimisers of the published recipe; each group remembers its ``base_lr`` for the schedule."""
-    named, names = dict(model.named_parameters()), parameter_groups(model)
+    named, names = dict(model.named_parameters()), parameter_groups(model, config)
     muon = Muon(
         [named[n] for n in names["matrix"]],
         lr=config.matrix_lr,
@@ -123,6 +226,9 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> tuple[Muon, torch.
         weight_decay=config.muon_weight_decay,
         steps=config.newton_schulz_steps,
         dtype=getattr(torch, config.muon_dtype),
+        momentum_dtype=getattr(torch, config.muon_momentum_dtype),
+        coefficients=config.newton_schulz_coefficients,
+        row_norm=config.muon_row_norm,
     )
     rates = {
         "embed": (config.embed_lr, config.adam_weight_decay),
@@ -142,16 +248,3 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> tuple[Muon, torch.
     for group in (*muon.param_groups, *adam.param_groups):
         group["base_lr"] = group["lr"]
     return muon, adam
-
-
-def lr_scale(step: int, config: TrainConfig) -> float:
-    """Multiplier of every base rate at 0-based ``step``: 1, then linear to 1/warmdown over the last steps (s. 15.1)."""
-    left = config.steps - step
-    return min(1.0, left / config.warmdown_steps) if config.warmdown_steps else 1.0
-
-
-def muon_momentum(step: int, config: TrainConfig) -> float:
-    """Momentum at 0-based ``step``: linear from its start to its final value over the warm-up (section 14.2)."""
-    warmup = config.muon_momentum_warmup_steps
-    done = min(step / warmup, 1.0) if warmup else 1.0
-    return (1 - done) * config.muon_momentum_start + done * config.muon_momentum
