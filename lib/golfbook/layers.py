@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from golfbook.config import ModelConfig
 from golfbook.kernels import causal_attention, rms_norm, squared_leaky_relu
 
+
 @functools.lru_cache(maxsize=16)
 def rope_tables(length: int, dims: int, base: float, train_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, each (length, dims/2) float32.

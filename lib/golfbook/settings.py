@@ -220,7 +220,9 @@ class TrainConfig(Section):
     head_lr: Rate = Field(0.008, description="Adam: untied output head, without weight decay")
     lr_warmup_steps: NonNegative = Field(0, description="first steps over which the learning rate rises linearly")
     warmdown_steps: NonNegative = Field(4311, description="last steps over which the learning rate falls")
-    warmdown_shape: Literal["linear", "cosine"] = Field("linear", description="linear is what all four systems' code does")
+    warmdown_shape: Literal["linear", "cosine"] = Field(
+        "linear", description="linear is what all four systems' code does"
+    )
     min_lr_scale: Fraction = Field(0.0, description="share of the base rates that the warmdown ends at")
     max_seconds: Rate = Field(0.0, description="stop training by the clock, and warm down by it; 0: by steps")
     muon_momentum: Fraction = 0.99
@@ -228,7 +230,9 @@ class TrainConfig(Section):
     muon_momentum_warmup_steps: NonNegative = 1500
     newton_schulz_steps: Positive = 5
     newton_schulz_coefficients: Literal["quintic", "polar_express"] = "quintic"
-    muon_row_norm: bool = Field(False, description="MuonEq-R: rows to unit norm first (in PR 1406's text, not its code)")
+    muon_row_norm: bool = Field(
+        False, description="MuonEq-R: rows to unit norm first (in PR 1406's text, not its code)"
+    )
     muon_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Newton-Schulz arithmetic")
     muon_momentum_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="PR 1170 and 1232: float32")
     muon_bigram_proj: bool = Field(False, description="Muon for the bigram projection (PR 1170, 1232) and not AdamW")
@@ -242,7 +246,9 @@ class TrainConfig(Section):
     ema_decay: Fraction = 0.997
     swa_every: Positive = Field(50, description="steps between the snapshots that SWA averages")
     swa_start: Fraction = Field(0.2, description="SWA starts when the learning-rate scale falls below this")
-    qat_start: Fraction = Field(0.0, description="fake-quantise once the learning-rate scale falls below this; 0: never")
+    qat_start: Fraction = Field(
+        0.0, description="fake-quantise once the learning-rate scale falls below this; 0: never"
+    )
     micro_batches: Positive = Field(1, description="pieces a process cuts its batch into, to save memory")
     loader: Literal["sequential", "coprime"] = Field("sequential", description="order of windows in the shards")
     precision: Literal["float32", "bfloat16", "auto"] = Field(
