@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -214,12 +213,9 @@ def lab(
     command += [f"--ServerApp.port={port}", *([] if browser else ["--no-browser"])]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # in a container; the server still listens on this machine only
-    with subprocess.Popen(command, env={**os.environ, "GOLFBOOK_ROOT": str(project_root())}) as server:
-        while True:
-            try:
-                raise typer.Exit(server.wait())
-            except KeyboardInterrupt:  # the server has it too, and asks whether to end
-                continue
+    sys.stdout.flush()
+    # the server takes this process's place, so that Ctrl-C and every other signal reach it alone
+    os.execve(sys.executable, command, {**os.environ, "GOLFBOOK_ROOT": str(project_root())})
 
 
 def _show_costs(console: Console, name: str | None) -> None:
