@@ -21,8 +21,22 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", [name for name in preset_names() if name != "quickstart"])
 def test_preset_runs_through_the_whole_job(preset: str, tmp_path: Path) -> None:
-    words = "model token byte weight layer gate norm head value query key score train step loss seed".split()
-    lines = [json.dumps({"text": " ".join(words[(i * j) % 16] for j in range(1, 60)) + f" {i}"}) for i in range(200)]
+    words = (
+        "model",
+        "token",
+        "byte",
+        "weight",
+        "layer",
+        "gate",
+        "norm",
+        "head",
+        "value",
+        "query",
+        "score",
+        "loss",
+        "seed",
+    )
+    lines = [json.dumps({"text": " ".join(words[(i * j) % 11] for j in range(1, 60)) + f" {i}"}) for i in range(200)]
     (tmp_path / "documents.jsonl").write_text("\n".join(lines), encoding="utf-8")
     overrides = {
         "data": {"source": "text", "path": str(tmp_path / "documents.jsonl"), "max_validation_tokens": 600},
