@@ -9,16 +9,21 @@ import sys
 import tempfile
 from pathlib import Path
 
+import matplotlib
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from golfbook import artifact, quantization
-from golfbook.config import ModelConfig, load_config, preset_names
+from golfbook import architecture_figures, artifact, figures, quantization
+from golfbook import architecture_panels as parts
+from golfbook.config import ModelConfig, load_config, preset_names, read_yaml
 from golfbook.errors import ConfigError
-from golfbook.model import BOS_ID, GPT, exported, exported_state, initialise
+from golfbook.model import BOS_ID, GPT, exported, exported_state, initialise, parameter_table
 from golfbook.muon import make_optimizers
+from golfbook.panels import Switch
 from golfbook.refiners import TTTLinear
 from golfbook.scan import GROUP, _Scan, ttt_scan
 
@@ -97,7 +102,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
         "xsa": draw(st.one_of(st.integers(0, layers), which)),
         "smear": smear,
         "smear_document_mask": smear and draw(switch),
-        "unet_skips": layers > 1 and draw(switch),
+        "unet_skips": draw(switch),
         "gated_attention": draw(switch),
         "value_residual": draw(st.sampled_from(["none", "lambda", "alpha"])),
         "depth_gate": draw(switch),
@@ -311,3 +316,191 @@ def test_fast_weights_stay_float32_under_bfloat16_autocast():
         under = ttt_scan(q, k, v, *rest, 1 / 12)
     assert under.dtype == torch.float32
     assert torch.equal(under, ttt_scan(q.float(), k.float(), v.float(), *rest, 1 / 12))
+
+
+# -- what the notebook shows -------------------------------------------------------------------------------------------
+
+PROJECT = Path(__file__).parents[1]
+
+
+def test_recorded_attention_is_the_attention_that_was_computed():
+    """Weights times values give the output the kernel gave; recurrence in place is skipped over."""
+    config = model_config(
+        vocab_size=16, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, rope_dims=4, xsa=[1],
+        bigram={"vocab_size": 8, "dim": 4}, value_embedding={"dim": 4, "layers": [2]}, recurrence=[0, 0],
+        recurrence_place="in_place", value_residual="lambda",
+    )  # fmt: skip
+    model, tokens = open_model(config), documents(16, rows=1, length=12)[0]
+    seen = []
+    handle = model.blocks[2].attn.proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    looks = parts.look_inside(model, tokens)
+    handle.remove()
+    assert len(looks) == 3 and len(seen) == 1
+    for look in looks:
+        assert look.weights.shape == (4, 12, 12)
+        np.testing.assert_allclose(look.weights.sum(-1), 1, atol=1e-5)
+        assert not np.triu(look.weights, 1).any()
+    values = torch.zeros(2, 12, 4)
+
+    def keep(module, given, result):
+        raw = model.ve_layer_scales[0] * model.ve_shared(tokens[None]) + result
+        mix = model.blocks[2].attn.vr_lambda
+        values.copy_((mix[0] * first[0] + mix[1] * raw).view(12, 2, 4).transpose(0, 1))
+
+    first = []
+    hooks = [
+        model.blocks[0].attn.c_v.register_forward_hook(lambda m, g, r: first.append(r)),
+        model.blocks[2].attn.c_v.register_forward_hook(keep),
+    ]
+    with torch.no_grad():
+        model(tokens[None])
+    for hook in hooks:
+        hook.remove()
+    expected = torch.from_numpy(looks[2].weights) @ values.repeat_interleave(2, 0)
+    torch.testing.assert_close(seen[0][0], expected.transpose(0, 1).flatten(1), atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(looks[1].after, 0, atol=1e-5)  # exclusive: nothing along the own value is left
+    assert np.abs(looks[1].before).max() > 0.1
+    np.testing.assert_array_equal(looks[0].after, looks[0].before)
+    table = parts.value_embedding_sizes(model, tokens)
+    assert table["layer"].tolist() == [2] and (table.to_numpy() > 0).all()
+
+
+def test_row_uses_count_what_a_dictionary_counts():
+    model = open_model(
+        model_config(vocab_size=16, num_layers=1, unet_skips=False, model_dim=16, num_heads=2, num_kv_heads=1,
+                     rope_dims=4, xsa=0, bigram={"vocab_size": 6, "dim": 4}, value_embedding={"layers": []})
+    )  # fmt: skip
+    tokens = torch.randint(0, 16, (200,), generator=torch.Generator().manual_seed(0))
+    rows: dict[int, dict[tuple[int, int], int]] = {}
+    for a, b in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True):
+        uses = rows.setdefault(((36313 * b) ^ (27191 * a)) % 5, {})
+        uses[a, b] = uses.get((a, b), 0) + 1
+    different, share = parts.row_uses(model, tokens)
+    assert different.tolist() == [len(rows.get(r, ())) for r in range(5)]
+    assert share == pytest.approx([max(rows[r].values()) / sum(rows[r].values()) for r in range(5)])
+
+
+def test_gate_values_are_in_use():
+    config = load_config("pr1170_nfm", scale="tiny", overrides={"model.ttt_linear.enabled": True}).model
+    model = initialise(GPT(config), 1)
+    found = parts.gate_values(model)
+    assert found["smear gate"] == pytest.approx(0.5)
+    assert found["gate of TTT-Linear"] == found["gate of NativeFlow"] == pytest.approx(0.0066929, abs=1e-6)
+    assert len(found["residual mix: stream"]) == 11 * 64 and "gate of FlowRefiner" not in found
+
+
+@pytest.mark.parametrize("preset", ["pr1166_e2e_ttt_flow", "pr1232_flow", "pr1406"])
+def test_panel_starts_at_the_preset_and_each_control_changes_the_model(preset):
+    panel = parts.build(preset)
+    assert parts.assemble(preset, panel.state) == load_config(preset)
+    before = parts.summary(load_config(preset))
+    assert before["totals"]["parameters"] == sum(before["parameters"].values())
+    changes = {
+        "layers": 7, "width": 384, "mlp": 2.0, "bigram_rows": 0, "tied": False, "bits": 4,
+        "recurrence": "none" if load_config(preset).model.recurrence else "in_place",
+        **{name: not panel.state[name] for name, control in panel.controls.items() if isinstance(control, Switch)},
+    }  # fmt: skip
+    assert set(changes) == set(panel.controls)
+    for name, value in changes.items():
+        config = parts.assemble(preset, {**panel.state, name: value})
+        after = parts.summary(config)["totals"]
+        assert any(after[k] != before["totals"][k] for k in after), name
+        if name == "bits":
+            assert after["artifact, bytes (estimate)"] < before["totals"]["artifact, bytes (estimate)"]
+    assert panel.png(layers=7) != panel.png()
+    controls, message, image = panel.widget().children
+    controls.children[list(panel.controls).index("layers")].value = 7
+    assert bytes(image.value) == panel.png(layers=7) and message.value == ""
+
+
+def test_published_parameters_appear_in_the_panel():
+    totals = parts.summary(load_config("pr1166_e2e_ttt_flow"))
+    assert totals["totals"]["parameters"] == 25_749_398
+    assert totals["parameters"]["TTT-Linear"] == 1_083_905 and totals["parameters"]["FlowRefiner"] == 98_625
+
+
+def test_component_costs_have_the_published_sizes():
+    table = parts.component_costs().set_index("component")
+    assert table.loc["TTT-Linear", "parameters"] == 1_083_905
+    assert table.loc["NativeFlowMatcher", "parameters"] == 393_729
+    assert table.loc["recurrence of two blocks", "parameters"] == 0
+    # PR 1166 section 8.6: 2.10 MFLOP of projections and 0.246 of the loop, which sums by a product what we sum directly
+    assert table.loc["TTT-Linear", "forward, kFLOP a token"] == pytest.approx(2097 + 246 - 16, rel=1e-3)
+
+
+def test_reference_results_are_those_of_the_job():
+    job = read_yaml(PROJECT / "papermill_jobs" / "architecture.yaml")
+    table = pd.read_csv(PROJECT / "runs" / "reference" / "architecture" / "results.csv")
+    assert {(v, s) for v in job["variants"] for s in job["seeds"]} == set(
+        zip(table["variant"], table["seed"], strict=True)
+    )
+    assert set(table["steps"]) == {job["overrides"]["train.steps"]} and table["val_bpb"].between(1, 8).all()
+    for variant, changes in job["variants"].items():
+        config = load_config(job["preset"], scale=job["scale"], overrides={**job["overrides"], **changes})
+        assert set(table.loc[table["variant"] == variant, "parameters"]) == {parameter_table(config.model)["total"]}
+    effects = parts.switch_effects(table).set_index("variant")
+    assert len(effects) == len(job["variants"]) - 1 and set(effects["n"]) == {len(job["seeds"])}
+    wide = table.pivot(index="seed", columns="variant", values="val_bpb")
+    assert effects.loc["no_xsa", "mean"] == pytest.approx((wide["no_xsa"] - wide["base"]).mean())
+
+
+def test_step_errors_are_small_and_reported():
+    table = parts.step_errors(pd.read_csv(PROJECT / "runs" / "published" / "runs.csv"))
+    shares = table[["products_share", "traffic_share", "launches_share"]].sum(axis=1)
+    assert shares.to_numpy() == pytest.approx((1 + table["error"]).to_numpy())
+    assert table["error"].abs().max() < 0.15
+
+
+def texts(figure: figures.Picture) -> str:
+    return " ".join(t.get_text() for axes in figure.axes for t in axes.texts)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_the_diagram_has_every_block_refiner_and_skip(preset):
+    model = load_config(preset).model
+    picture = architecture_figures.data_flow(model)
+    shown = texts(picture)
+    for i in range(model.num_layers):
+        assert f"block {i}" in shown
+    assert shown.count("again") == len(model.recurrence)
+    for name, on in (("TTT-Linear", model.ttt_linear), ("FlowRefiner", model.flow), ("NativeFlow", model.native_flow)):
+        assert (f"+ {name}" in shown) == on.enabled
+    skips = [p for p in picture.axes[0].patches if matplotlib.colors.to_hex(p.get_edgecolor()) == "#cc79a7"]
+    assert len(skips) == model.num_layers // 2
+    assert figures.png(picture)[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": 1, "xsa": 0, "value_embedding": {"layers": []}},
+        {"num_layers": 5, "unet_skips": False, "recurrence": [1, 1, 4], "recurrence_place": "in_place"},
+        {"num_layers": 2, "xsa": 0, "smear": False, "bigram": {"vocab_size": 0}, "tie_embeddings": False},
+    ],
+)
+def test_the_diagram_of_unusual_models(changes):
+    shown = texts(architecture_figures.data_flow(model_config(**changes)))
+    assert ("block 1 x3" in shown) == ("recurrence" in changes)
+    assert ("smear gate" in shown) == changes.get("smear", True)
+
+
+def test_pictures_are_pure():
+    """The same data gives the same bytes, and a picture leaves its data alone."""
+    rng = np.random.default_rng(0)
+    weights = np.tril(rng.random((2, 30, 30)))
+    table = pd.DataFrame(
+        {"variant": ["a", "b"], "mean": [0.1, -0.2], "low": [0.0, -0.3], "high": [0.2, -0.1], "n": [3, 3]}
+    )
+    draws = [
+        lambda: architecture_figures.attention(weights, [str(i) for i in range(30)], layer=0),
+        lambda: architecture_figures.own_value_share([weights[0]] * 2, [weights[1]] * 2, (1,)),
+        lambda: architecture_figures.gates({"many": weights[0], "one": np.array([0.007]), "two": [1.0, 2.0]}),
+        lambda: architecture_figures.rope({64: [1.0, 0.1], 128: [1.0, 0.05]}, 64),
+        lambda: architecture_figures.collisions([0, 3, 2], [np.nan, 0.4, 0.9]),
+        lambda: architecture_figures.effects(table),
+    ]
+    before = weights.copy(), table.copy()
+    for draw in draws:
+        assert figures.png(draw()) == figures.png(draw())
+    np.testing.assert_array_equal(weights, before[0])
+    pd.testing.assert_frame_equal(table, before[1])

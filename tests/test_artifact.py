@@ -220,6 +220,7 @@ def test_forging_an_unchanged_file_works(tmp_path, valid):
     [
         ("model.num_layers", 2_000_000_000, "more than 512 layers"),
         ("model.recurrence", [0] * 600, "more than 512 layers"),
+        ("model.mtp", {"num_heads": 10**9, "loss_weight": 0.2}, "artifacts hold no training heads"),
         ("model.num_layers", 3, "missing 'blocks.2.attn"),
         ("model.num_layers", 1, "model.value_embedding.layers"),
         ("model.vocab_size", 10**30, "no model can be built"),

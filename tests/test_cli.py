@@ -239,6 +239,7 @@ def test_lab_listens_on_this_machine_only_and_wants_a_token(project: Project) ->
         found = re.search(r"http://127\.0\.0\.1:(\d+)/lab\?token=([0-9a-f]{16,})", log.read_text())
         assert found
         url = f"http://127.0.0.1:{found[1]}/api/contents"
+        wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", int(found[1]))), "the server answers")
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(url, timeout=10)
         with urllib.request.urlopen(f"{url}?token={found[2]}", timeout=10) as answer:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
-from golfbook import costs
+from golfbook import cli, costs
 from golfbook.config import ModelConfig, load_config, preset_names
 from golfbook.model import GPT, initialise, parameter_table
 from golfbook.scoring import plan_windows, score
@@ -189,3 +190,26 @@ def test_gpus_are_data_with_a_source():
     for name, gpu in costs.GPUS.items():
         assert gpu.name == name and "data sheet" in gpu.source
         assert 1e14 < gpu.flops < 1e16 and 1e12 < gpu.bandwidth < 1e13 and gpu.memory_bytes >= 4e10
+
+
+def test_the_command_shows_every_preset_within_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(cli.app, ["presets", "--cost"], catch_exceptions=False).output
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.strip()}
+    assert set(preset_names()) <= set(rows) and "…" not in shown
+    config = load_config("pr1406")
+    params, forward, train, score_, file, _, a100, *_ = rows["pr1406"]
+    work = costs.per_token(config.model, 2048)
+    assert params == "26.9" and float(forward) == round(work.inference / 1e6) and float(train) == 379
+    assert float(score_.replace(",", "")) == round(costs.scoring(config.model, 2048, 64) / 1e6)
+    assert file == f"{costs.artifact_bytes(config.model, config.quantize) / 1e6:.3g}"
+    seconds = costs.step_time(config, costs.GPUS["A100 PCIe 40GB"]).seconds
+    assert float(a100.replace(",", "")) == pytest.approx(1000 * seconds, abs=1)
+
+
+def test_the_command_shows_one_preset_by_component():
+    shown = CliRunner().invoke(cli.app, ["presets", "pr1166_e2e_ttt_flow", "--cost"], catch_exceptions=False).output
+    for name in costs.per_token(load_config("pr1166_e2e_ttt_flow").model, 2048).forward:
+        assert f"forward: {name}" in shown
+    for name in costs.GPUS:
+        assert f"step on {name}, ms" in shown

@@ -69,7 +69,7 @@ def parameters(path: Path) -> str:
 
 
 def test_the_notebooks_of_the_design_are_there() -> None:
-    expected = {"00_tour", "01_data_and_bits_per_byte", "10_seeds", *STAGE_NOTEBOOKS.values()}
+    expected = {"00_tour", "01_data_and_bits_per_byte", "02_architecture", "10_seeds", *STAGE_NOTEBOOKS.values()}
     assert expected <= set(NAMES)
 
 
@@ -250,6 +250,11 @@ def test_data(home: Path) -> None:
     assert f"{data.info['unigram_bpb']:.4f} bits per byte" in printed
     assert f"{data.val_bytes:,} bytes" in printed
     assert pictures(notebook) >= 5
+
+
+def test_architecture(home: Path) -> None:
+    notebook = execute(home, "02_architecture", overrides=smoke(home), study="smoke_architecture")
+    assert pictures(notebook) >= 10
 
 
 def test_seeds_without_a_finished_run_says_what_to_do(home: Path) -> None:

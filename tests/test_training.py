@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from golfbook import launcher, runs, stages, training
 from golfbook.checkpoints import load_model, read_progress
 from golfbook.config import load_config
 from golfbook.errors import CheckpointError, RunError
-from golfbook.files import atomic_write_bytes
+from golfbook.files import atomic_write_json
 from golfbook.runs import Run
 from golfbook.shards import write_shard
 
@@ -185,19 +186,74 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(corpus_file):
         assert np.isfinite(read_progress(run.checkpoint_path)["train_loss"])
 
 
-def test_full_disk_is_named_and_keeps_the_old_checkpoint(corpus_file, monkeypatch):
+def test_full_disk_is_named_and_keeps_the_old_checkpoint(corpus_file):
     run = make_run(corpus_file, "full")
     train_here(run)
     before = run.checkpoint_path.read_bytes()
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=r"checkpoint.safetensors: No space left on device; check free space"):
-        atomic_write_bytes(run.checkpoint_path, b"new")
+    run.result_path("training").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # no file may grow beyond this: what a full disk looks like, without one
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+        model = training.Trainer(run, 0, 1)
+        with pytest.raises(RunError, match=r"cannot write .*checkpoint.safetensors: .*; check free space"):
+            model.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
     assert run.checkpoint_path.read_bytes() == before
     assert not list(run.path.glob(".*.tmp"))
+
+
+def test_what_killed_processes_leave_behind_is_cleaned_and_read_over(corpus_file):
+    run = make_run(corpus_file, "torn")
+    left = run.path / ".checkpoint.safetensors.abc123.tmp"
+    left.write_bytes(b"half a checkpoint")
+    train_here(run)
+    assert not left.exists()
+    points = run.read_metrics()
+    with run.metrics_path.open("ab") as stream:
+        stream.write(b'{"kind": "train", "st')
+    run.append_metrics({"kind": "validation", "step": 99, "val_bpb": 1.0})
+    assert run.read_metrics() == [*points, {"kind": "validation", "step": 99, "val_bpb": 1.0}]
+
+
+def test_a_changed_dataset_is_refused_by_name(corpus_file):
+    run = make_run(corpus_file, "data")
+    headline = stages.run_scoring(run)
+    assert stages.run_scoring(run) == headline
+    corpus_file.write_text(corpus_file.read_text() + '\n{"text": "one more document of quite a few words"}\n')
+    for stage in (stages.run_training, stages.run_quantization, stages.run_scoring):
+        with pytest.raises(RunError, match=r"used dataset .* but its data are now .* another study name"):
+            stage(run)
+    assert run.read_result("test_time_training") == headline
+
+
+def test_results_of_another_schema_or_config_are_stale(corpus_file):
+    run = make_run(corpus_file, "schema")
+    train_here(run)
+    result = run.read_result("training")
+    assert result["environment"]["torch"] == torch.__version__ and len(result["environment"]["code_sha256"]) == 64
+    for change in ({"schema_version": 99}, {"config_hash": "0" * 10}):
+        atomic_write_json(run.result_path("training"), result | change)
+        assert run.state("training") == "stale"
+    atomic_write_json(run.result_path("training"), {"status": "ok"})
+    assert run.state("training") == "stale"
+
+
+def test_a_folder_that_cannot_be_written_still_shows_finished_work(corpus_file, monkeypatch):
+    run = make_run(corpus_file, "readonly")
+    headline = stages.run_scoring(run)
+
+    def refuse(self, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(runs.FileLock, "acquire", refuse)
+    assert stages.run_scoring(run) == headline
+    assert not launcher.is_running(run)
+    run.result_path("test_time_training").unlink()
+    with pytest.raises(RunError, match="Read-only file system; check its permissions"):
+        stages.run_scoring(run)
 
 
 def test_damaged_or_foreign_checkpoint_is_refused(corpus_file):

@@ -297,6 +297,8 @@ def _check_tensors(header: Header, where: str) -> None:
     lists = (config.recurrence, config.value_embedding.layers, config.xsa if isinstance(config.xsa, tuple) else ())
     if max(config.num_layers, *map(len, lists)) > MAX_LAYERS:
         raise ArtifactError(f"{where}: the model has more than {MAX_LAYERS} layers")
+    if config.mtp.num_heads:
+        raise ArtifactError(f"{where}: model.mtp.num_heads is {config.mtp.num_heads}; artifacts hold no training heads")
     try:
         expected = {name: tuple(tensor.shape) for name, tensor in _empty_model(config).state_dict().items()}
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:  # torch refuses absurd sizes variously

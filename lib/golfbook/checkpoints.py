@@ -7,6 +7,7 @@ Nothing is pickled, so a checkpoint from elsewhere can be opened safely; those o
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,8 +48,15 @@ def save_checkpoint(
             tensors |= {f"{kind}/{names[parameter]}/{key}": value for key, value in state.items()}
     tensors["rng/torch"] = torch.get_rng_state()
     with atomic_path(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary,
+        _save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary,
                   metadata={"progress": json.dumps(dict(progress))})  # fmt: skip
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # its own kind, also where the disk is full
+        raise OSError(errno.ENOSPC if "No space" in str(error) else errno.EIO, str(error)) from error
 
 
 def load_checkpoint(

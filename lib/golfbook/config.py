@@ -92,7 +92,10 @@ def load_config(
     """
     tree = _extended(preset) if isinstance(preset, Mapping) else _read_preset(preset)
     if scale != "published":
-        _overlay(tree, _read_scale(scale))
+        overlay = _read_scale(scale)
+        if (tree.get("data") or {}).get("source", "pydocs") in ("text", "shards"):
+            del overlay["data"]  # your own text stays your own text
+        _overlay(tree, overlay)
         tree["preset"] = f"{tree.get('preset', 'custom')}-{scale}"
     for key, value in (overrides or {}).items():
         if not isinstance(key, str):

@@ -170,13 +170,36 @@ def saved_bytes(model: ModelConfig, rows: int, length: int, dtype: torch.dtype =
 
     The model runs on the meta device; every storage that is saved and is no weight counts once. Attention is counted
     as a fused kernel saves it: its inputs, its output and one float32 a query. In float32 this is what a CPU keeps. In
-    bfloat16 it is an estimate: weights and stream are all bfloat16, logits and the TTT-Linear scan float32, nothing is
-    fused; ``torch.compile`` keeps less.
+    bfloat16 it is an estimate: weights and stream are all bfloat16, the TTT-Linear scan float32, nothing is fused;
+    ``torch.compile`` keeps less.
     """
+    return sum(_nbytes(t) for t in _saved(model, rows, length, dtype))
+
+
+def activation_bytes(model: ModelConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """:func:`saved_bytes` of ``tokens`` tokens of a long sequence, from a short one: a constant and so much each."""
+    constant, each = _saved_line(model, dtype)
+    return round(constant + each * tokens)
+
+
+@functools.lru_cache(maxsize=256)
+def _saved_line(model: ModelConfig, dtype: torch.dtype) -> tuple[int, float]:
+    length = (
+        GROUP * model.ttt_linear.mini_batch if model.ttt_linear.enabled else 512
+    )  # few mini-batches: they are steps
+    if length == model.vocab_size:
+        length *= 2
+    kept = _saved(model, 1, length, dtype)
+    # The loss keeps the gradient of its head, the one large thing that does not grow with the tokens.
+    constant = sum(_nbytes(t) for t in kept if t.shape == (model.vocab_size, model.model_dim))
+    return constant, (sum(map(_nbytes, kept)) - constant) / length
+
+
+def _saved(model: ModelConfig, rows: int, length: int, dtype: torch.dtype) -> list[Tensor]:
     with torch.device("meta"):
         network = GPT(model).to(dtype)
         tokens = torch.empty(rows, length, dtype=torch.int64)
-    weights = {_storage(p) for p in network.parameters()}
+    given = {_storage(t) for t in (tokens, *network.parameters())}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -184,23 +207,12 @@ def saved_bytes(model: ModelConfig, rows: int, length: int, dtype: torch.dtype =
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _FusedAttention():
-        loss = network.loss(tokens, tokens)
-    inputs = {_storage(tokens)}
-    del loss
-    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights | inputs)
+        network.loss(tokens, tokens)
+    return [tensor for key, tensor in kept.items() if key not in given]
 
 
-def activation_bytes(model: ModelConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """:func:`saved_bytes` of ``tokens`` tokens of a long sequence, from two short ones: a constant and so much each."""
-    constant, each = _saved_line(model, dtype)
-    return round(constant + each * tokens)
-
-
-@functools.lru_cache(maxsize=256)
-def _saved_line(model: ModelConfig, dtype: torch.dtype) -> tuple[float, float]:
-    length = GROUP * model.ttt_linear.mini_batch if model.ttt_linear.enabled else 64
-    short, long = (saved_bytes(model, 1, n, dtype) for n in (length, 2 * length))
-    return 2 * short - long, (long - short) / length
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
 
 
 def artifact_bytes(model: ModelConfig, quantize: QuantizeConfig) -> int:
@@ -253,15 +265,31 @@ def step_time(config: Config, gpu: Gpu, gpus: int = 1) -> StepTime:
     return StepTime(work / (MATMUL_SHARE * gpu.flops), bytes_moved / gpu.bandwidth, launches)
 
 
+def totals(config: Config) -> dict[str, float]:
+    """The figures of a preset by name, each with its unit; steps are those of one GPU, whatever was published."""
+    model, length = config.model, config.train.sequence_length
+    found = {
+        "forward, MFLOP a token": per_token(model, length, training=False).inference / 1e6,
+        "training, MFLOP a token": per_token(model, length).training / 1e6,
+        "  with causal attention": per_token(model, length, causal=True).training / 1e6,
+        f"scoring at stride {config.score.stride}, MFLOP": scoring(model, config.window, config.score.stride) / 1e6,
+        "artifact, bytes (estimate)": artifact_bytes(model, config.quantize),
+        "activations, KB a token, bf16": activation_bytes(model, MICRO_BATCH_TOKENS) / MICRO_BATCH_TOKENS / 1e3,
+    }
+    for name, gpu in GPUS.items():
+        found[f"step on {name}, ms"] = 1000 * step_time(config, gpu).seconds
+    return found
+
+
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _Saved(torch.autograd.Function):
+class _KeepsAttention(torch.autograd.Function):
     """Stands for fused attention on the meta device: right shape out, right tensors saved."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = q.new_empty(*q.shape[:-1], v.size(-1)).transpose(1, 2).contiguous().transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
@@ -270,5 +298,5 @@ class _Saved(torch.autograd.Function):
 class _FusedAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _Saved.apply(*args[:3])
+            return _KeepsAttention.apply(*args[:3])
         return func(*args, **(kwargs or {}))

@@ -48,6 +48,22 @@ def figures_root() -> Path:
     return Path(os.environ.get("GOLFBOOK_FIGURES") or project_root() / "figures").resolve()
 
 
+def folders() -> dict[str, str]:
+    """The four folders as environment variables with absolute paths, for a subprocess with another working folder."""
+    return {
+        "GOLFBOOK_ROOT": str(project_root()),
+        "GOLFBOOK_RUNS": str(runs_root()),
+        "GOLFBOOK_CACHE": str(cache_root()),
+        "GOLFBOOK_FIGURES": str(figures_root()),
+    }
+
+
+def remove_partial(target: Path) -> None:
+    """Delete what killed processes left of earlier writes of ``target``; call it only while nobody else writes it."""
+    for left in target.parent.glob(f".{target.name}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def resolve(path: str | Path) -> Path:
     """Absolute form of a path from a config: relative ones are taken from the project root, not the working folder."""
     path = Path(path).expanduser()

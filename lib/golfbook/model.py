@@ -34,7 +34,7 @@ class GPT(nn.Module):
         layers, dim = config.num_layers, config.model_dim
         self.encoder_layers = layers // 2
         skips = min(self.encoder_layers, layers - self.encoder_layers)
-        if config.unet_skips:
+        if config.unet_skips and skips:
             self.skip_weights = nn.Parameter(torch.ones(skips, dim))
         self.tok_emb = nn.Embedding(config.vocab_size, dim)
         if config.bigram.vocab_size:

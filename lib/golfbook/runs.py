@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from golfbook import __version__
 from golfbook.config import Config, load_config, validate
 from golfbook.errors import GolfbookError, RunError
-from golfbook.files import atomic_write_json, project_root, runs_root, sha256_file
+from golfbook.files import atomic_write_json, project_root, runs_root, sha256_bytes, sha256_file
 
 STAGE_NOTEBOOKS = {
     "training": "03_training",
@@ -111,6 +111,7 @@ class Run:
                 "variant": self.variant,
                 "seed": self.config.seed,
                 "config_hash": self.config.hash,
+                "environment": provenance(),
                 "reads": dict(reads),
                 "writes": {"file": writes.name, "sha256": sha256_file(writes), "bytes": writes.stat().st_size},
                 "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -134,12 +135,17 @@ class Run:
         return value if isinstance(value, dict) else None
 
     def state(self, stage: str) -> State:
-        """``done``, ``failed``, ``stale`` (something it read or wrote has changed since) or ``missing``."""
+        """``done``, ``failed``, ``stale`` (something it read or wrote has changed since) or ``missing``.
+
+        Whether the dataset is still the one that was trained on is checked where it is opened, by the stages.
+        """
         result = self.read_result(stage)
         if result is None:
             return "missing"
         if result.get("status") != "ok":
             return "failed"
+        if result.get("schema_version") != SCHEMA_VERSION or result.get("config_hash") != self.config.hash:
+            return "stale"
         written = self.path / result["writes"]["file"]
         if not written.is_file() or _cached_sha256(written) != result["writes"]["sha256"]:
             return "stale"
@@ -159,8 +165,11 @@ class Run:
     def append_metrics(self, point: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``; one write, so a killed process tears only its end."""
         try:
-            with self.metrics_path.open("ab") as stream:
-                stream.write((json.dumps(dict(point)) + "\n").encode())
+            with self.metrics_path.open("ab+") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(max(0, size - 1))
+                torn = size > 0 and stream.read(1) != b"\n"  # of a process that was killed while it wrote
+                stream.write((("\n" if torn else "") + json.dumps(dict(point)) + "\n").encode())
         except OSError as error:
             raise RunError(f"cannot write {self.metrics_path}: {error.strerror}; check free space") from error
 
@@ -176,20 +185,31 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self, name: str, timeout: float = -1) -> Iterator[None]:
-        """Hold the lock ``name`` of this folder; it vanishes with the process. Raises RunError after ``timeout`` s."""
+        """Hold the lock ``name`` of this folder; it vanishes with the process.
+
+        Raises :class:`RunError` after ``timeout`` seconds, and where the folder cannot be written.
+        """
+        held = FileLock(self.path / f".{name}.lock", timeout=timeout)
         try:
-            with FileLock(self.path / f".{name}.lock", timeout=timeout):
-                yield
+            held.acquire()
         except Timeout:
             raise RunError(f"{self.name}: another process is busy with '{name}'") from None
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error.strerror or error}; check its permissions") from error
+        try:
+            yield
+        finally:
+            held.release()
 
     def is_locked(self, name: str) -> bool:
         """Whether some process holds the lock ``name``."""
         try:
-            with self.lock(name, timeout=0):
+            with FileLock(self.path / f".{name}.lock", timeout=0):
                 return False
-        except RunError:
+        except Timeout:
             return True
+        except OSError:  # a folder nobody can write is a folder nobody works on
+            return False
 
 
 def run_folder(study: str, variant: str, config: Config) -> Path:
@@ -236,12 +256,30 @@ def notebook_run(
 
 
 def list_runs(study: str) -> list[Run]:
-    """All runs of a study, by folder name; folders that are no runs are passed over."""
-    found = []
+    """All runs of a study, by folder name; :func:`skipped_runs` names the folders that cannot be read."""
+    return [run for _, run in _folders(study) if run is not None]
+
+
+def skipped_runs(study: str) -> list[Path]:
+    """Folders of a study whose config.json does not fit the settings of this version of the library."""
+    return [folder for folder, run in _folders(study) if run is None]
+
+
+def _folders(study: str) -> list[tuple[Path, Run | None]]:
+    found: list[tuple[Path, Run | None]] = []
     for folder in sorted((runs_root() / study).glob("*-s*-*")):
-        with contextlib.suppress(GolfbookError):  # such as a config.json of another version of the settings
-            found.append(open_run(folder))
+        try:
+            found.append((folder, open_run(folder)))
+        except GolfbookError:
+            found.append((folder, None))
     return found
+
+
+def provenance() -> dict[str, Any]:
+    """The part of :func:`environment` that every result carries: what made it."""
+    found = environment()
+    names = ("golfbook", "code_sha256", "git_commit", "git_dirty", "python", "processor")
+    return {name: found[name] for name in names} | {"torch": found["packages"]["torch"]}
 
 
 @functools.cache
@@ -267,6 +305,7 @@ def environment() -> dict[str, Any]:
     changes = git("status", "--porcelain")
     return {
         "golfbook": __version__,
+        "code_sha256": _code_sha256(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "platform": platform.platform(),
@@ -290,6 +329,12 @@ def exit_with_parent(cleanup: Callable[[], None] | None = None, interval: float 
         os._exit(3)
 
     threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()
+
+
+def _code_sha256() -> str:
+    """One hash of all source files of the package, by name."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256_bytes("".join(f"{f.name} {sha256_file(f)}\n" for f in files).encode())
 
 
 def _processor() -> str:

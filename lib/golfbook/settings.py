@@ -20,7 +20,7 @@ Rate = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """Base of all sections: frozen, strict about types, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -36,7 +36,6 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        given = self.model_fields_set
         if self.source in ("text", "shards") and not self.path:
             raise ValueError(f"data.source '{self.source}' needs data.path")
         if self.source in ("pydocs", "fineweb") and self.path:
@@ -45,7 +44,11 @@ class DataConfig(Section):
             raise ValueError("data.source 'shards' needs data.tokenizer, the .model the shards were made with")
         if self.source == "fineweb" and self.tokenizer:
             raise ValueError("data.tokenizer has no effect with data.source 'fineweb'; its own tokenizer is downloaded")
-        if self.source != "fineweb" and "fineweb_train_shards" in given and self.fineweb_train_shards != 1:
+        if self.source != "text" and self.text_field != "text":
+            raise ValueError(f"data.text_field has no effect with data.source '{self.source}'")
+        if self.source in ("shards", "fineweb") and self.validation_fraction != 0.1:
+            raise ValueError(f"data.validation_fraction has no effect with data.source '{self.source}'; it has its own")
+        if self.source != "fineweb" and self.fineweb_train_shards != 1:
             raise ValueError(f"data.fineweb_train_shards has no effect with data.source '{self.source}'")
         return self
 

@@ -139,12 +139,14 @@ def bits_choice(table: pd.DataFrame, chosen: int) -> Picture:
         (axes[1], rows["artifact_bytes"] / 1000, "artifact (thousand bytes)", "{:.0f}"),
         (axes[2], rows["val_bpb"], "bits per byte, reloaded", "{:.3f}"),
     ):
-        bars = axis.bar(rows["bits"], values, color=colours)
-        axis.bar_label(bars, [text.format(v) for v in values], padding=2, fontsize=8.5)
+        if axis is axes[2]:  # dots: this axis does not begin at zero, so bars would exaggerate
+            axis.scatter(rows["bits"], values, color=colours, edgecolors=BLUE, s=60, zorder=3)
+        else:
+            axis.bar(rows["bits"], values, color=colours)
+        for bits, value in zip(rows["bits"], values, strict=True):
+            axis.annotate(text.format(value), (bits, value), (0, 5), textcoords="offset points", ha="center", size=8.5)
         axis.set(xlabel="bits of a matrix weight", ylabel=label, xticks=list(rows["bits"]))
-        axis.margins(y=0.12)
-    low, high = float(rows["val_bpb"].min()), float(rows["val_bpb"].max())
-    axes[2].set_ylim(low - 0.3 * (high - low) - 0.01, high + 0.15 * (high - low) + 0.01)
+        axis.margins(y=0.15)
     figure.suptitle(
         f"{chosen} bits: artifact of {one['artifact_bytes']:,.0f} bytes, {one['val_bpb']:.3f} bits per byte",
         x=0.01,

@@ -24,25 +24,29 @@ from golfbook.training import choose_device
 def run_training(run: Run, on_update: launcher.Update | None = None) -> dict[str, Any]:
     """Train in a subprocess, following its metrics; see :func:`golfbook.launcher.follow`."""
 
-    def work() -> None:
-        corpus.prepare(run.config)  # here, so that its messages are seen and the trainer finds it ready
+    require_same_data(run, corpus.prepare(run.config))
+    if not run.is_done("training"):  # no lock: any number of watchers may follow one trainer
         launcher.launch(run)
-        launcher.follow(run, on_update)
-
-    return _stage(run, "training", work)
+        return launcher.follow(run, on_update)
+    return _result(run, "training")
 
 
 def run_quantization(run: Run) -> dict[str, Any]:
     """Quantise the trained weights, write ``artifact.golf``, read it back and score what was read."""
 
-    def work() -> None:
-        config, data = run.config, corpus.prepare(run.config)
+    def work(data: corpus.Dataset) -> None:
+        config = run.config
         trained = load_model(run)
         checkpoint_hash = sha256_file(run.checkpoint_path)
         started = time.perf_counter()
         quantized = quantization.quantize_state(exported_state(trained), config.quantize)
         artifact.write_artifact(
-            run.artifact_path, exported(config.model), quantized, data.tokenizer.sha256, config.quantize, config.window
+            run.artifact_path,
+            exported(config.model),
+            quantized,
+            data.tokenizer.sha256,
+            config.quantize,
+            config.train.sequence_length,
         )
         seconds = time.perf_counter() - started
         atomic_write_bytes(run.tokenizer_path, data.tokenizer.path.read_bytes())
@@ -67,7 +71,7 @@ def run_quantization(run: Run) -> dict[str, Any]:
                 "quantize_seconds": seconds,
                 **artifact.size_report(loaded.bytes, config.budget.limit_bytes),
             },
-            reads={run.checkpoint_path.name: checkpoint_hash},
+            reads={run.checkpoint_path.name: checkpoint_hash, "dataset": data.fingerprint},
             writes=run.artifact_path,
         )
 
@@ -77,8 +81,8 @@ def run_quantization(run: Run) -> dict[str, Any]:
 def run_scoring(run: Run) -> dict[str, Any]:
     """Score ``artifact.golf`` alone, in contiguous and in sliding windows; the sliding one is the headline."""
 
-    def work() -> None:
-        config, data = run.config, corpus.prepare(run.config)
+    def work(data: corpus.Dataset) -> None:
+        config = run.config
         loaded = artifact.read_artifact(run.artifact_path)
         if loaded.tokenizer_sha256 != data.tokenizer.sha256:
             raise ArtifactError(f"{run.artifact_path} was made with another tokenizer than this run's validation split")
@@ -97,7 +101,7 @@ def run_scoring(run: Run) -> dict[str, Any]:
                 "artifact_bytes": loaded.bytes,
                 "unigram_bpb": data.info["unigram_bpb"],
             },
-            reads={run.artifact_path.name: sha256_file(run.artifact_path)},
+            reads={run.artifact_path.name: loaded.sha256, "dataset": data.fingerprint},
             writes=run.artifact_path,
         )
 
@@ -116,18 +120,38 @@ def ensure(run: Run, stage: str) -> dict[str, Any]:
     return runners[stage](run)
 
 
-def _stage(run: Run, stage: str, work: Callable[[], None]) -> dict[str, Any]:
+def require_same_data(run: Run, data: corpus.Dataset) -> None:
+    """Raise RunError where finished stages of a run used another dataset than its config gives now."""
+    for stage in STAGES:
+        used = ((run.read_result(stage) or {}).get("reads") or {}).get("dataset", data.fingerprint)
+        if used != data.fingerprint:
+            raise RunError(
+                f"{run.name}: stage '{stage}' used dataset {used[:12]}, but its data are now {data.fingerprint[:12]} "
+                "(a text file or the version of a package has changed); its results stay as they are: use another "
+                f"study name for the new data, or delete {run.path}"
+            )
+
+
+def _stage(run: Run, stage: str, work: Callable[[corpus.Dataset], None]) -> dict[str, Any]:
+    data = corpus.prepare(run.config)
+    require_same_data(run, data)
+    if run.is_done(stage):
+        return _result(run, stage)
+    if run.is_locked(f"compute-{stage}"):
+        print(f"{run.name}: waiting for another process that works on stage '{stage}'", flush=True)
     with run.lock(f"compute-{stage}"):
         if not run.is_done(stage):
-            index = STAGES.index(stage)
-            if index:
-                ensure(run, STAGES[index - 1])
+            ensure(run, STAGES[STAGES.index(stage) - 1])
             try:
-                work()
+                work(data)
             except GolfbookError as error:
                 run.write_failure(stage, str(error))
                 raise
-        result = run.read_result(stage)
+    return _result(run, stage)
+
+
+def _result(run: Run, stage: str) -> dict[str, Any]:
+    result = run.read_result(stage)
     if result is None or not run.is_done(stage):
         raise RunError(f"{run.name}: stage '{stage}' left no result that fits its files")
     return result

@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from golfbook import corpus, scoring
 from golfbook.checkpoints import load_checkpoint, save_checkpoint
 from golfbook.config import Config
 from golfbook.errors import CheckpointError, GolfbookError, RunError
-from golfbook.model import GPT, initialise
+from golfbook.files import remove_partial
+from golfbook.model import BOS_ID, GPT, initialise
 from golfbook.muon import lr_scale, make_optimizers, muon_momentum
 from golfbook.runs import Run, exit_with_parent, open_run
 from golfbook.shards import read_shard
@@ -62,6 +64,11 @@ class Trainer:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.manual_seed(self.config.seed)
         self.dataset = corpus.prepare(self.config)
+        if self.config.model.smear_document_mask and self.dataset.tokenizer.bos_id != BOS_ID:
+            raise RunError(
+                f"model.smear_document_mask needs a tokenizer whose BOS id is {BOS_ID}; this one's is "
+                f"{self.dataset.tokenizer.bos_id}"
+            )
         self.model = initialise(GPT(self.config.model), self.config.seed).to(self.device)
         self.average: dict[str, Tensor] | None = None
         if self.config.train.ema_decay:
@@ -92,6 +99,8 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the checkpoint where there is one; raises CheckpointError where it is another run's."""
         path = self.run.checkpoint_path
+        if self.rank == 0:
+            remove_partial(path)
         if not path.is_file():
             if self.rank == 0:
                 self.run.metrics_path.unlink(missing_ok=True)
@@ -120,8 +129,7 @@ class Trainer:
                 self.log(loss, (time.perf_counter() - started) / (self.step - at_start))
             stop = self.agree_to_stop()
             if stop or last or (train.checkpoint_every and self.step % train.checkpoint_every == 0):
-                self.check_finite(loss)
-                self.last_loss = loss.item()
+                self.last_loss = self.mean_loss(loss)
                 self.save()
             if stop and not last:
                 raise StopRequested(f"training was asked to stop at step {self.step}; run it again to go on from there")
@@ -170,28 +178,30 @@ class Trainer:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
-    def check_finite(self, loss: Tensor) -> None:
-        """Stop before a diverged model overwrites the last good checkpoint."""
-        if not torch.isfinite(loss):
-            raise RunError(
-                f"the training loss is {loss.item()} at step {self.step}; lower train.matrix_lr or train.grad_clip "
-                f"(the checkpoint before it is kept)"
-            )
-
-    def log(self, loss: Tensor, seconds_per_step: float) -> None:
-        """Append one training point and, on a terminal, redraw the progress line."""
-        self.check_finite(loss)
+    def mean_loss(self, loss: Tensor) -> float:
+        """Loss over all processes. Stops, on all of them, before a diverged model overwrites the last good state."""
         if self.world > 1:
             loss = loss.clone()
             dist.all_reduce(loss)
             loss /= self.world
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RunError(
+                f"the training loss is {value} at step {self.step}; lower train.matrix_lr or train.grad_clip "
+                f"(the checkpoint before it is kept)"
+            )
+        return value
+
+    def log(self, loss: Tensor, seconds_per_step: float) -> None:
+        """Append one training point and, on a terminal, redraw the progress line."""
+        mean = self.mean_loss(loss)
         if self.rank:
             return
         train = self.config.train
         point = {
             "kind": "train",
             "step": self.step,
-            "loss": loss.item(),
+            "loss": mean,
             "lr_scale": lr_scale(self.step - 1, train),
             "tokens_per_second": train.batch_tokens / seconds_per_step,
             "seconds": self.train_seconds,
@@ -274,7 +284,8 @@ def peak_memory_bytes() -> int:
 
 def _train(run: Run, rank: int, world: int) -> None:
     if world > 1:
-        dist.init_process_group("nccl" if choose_device(run.config, rank).type == "cuda" else "gloo")
+        backend = "nccl" if choose_device(run.config, rank).type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # the first process validates while others wait
     try:
         trainer = Trainer(run, rank, world)
         signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stop_requested", True))

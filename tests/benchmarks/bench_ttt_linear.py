@@ -3,10 +3,10 @@
     python tests/benchmarks/bench_ttt_linear.py [--rows 8] [--length 2048] [--width 512] [--heads 8] [--repeats 3]
 
 The plain loop cuts each mini-batch out of K, V and Q inside the loop and lets autograd keep everything, as the
-published code does (PR 1166, section 8). Each side runs in a process of its own on the same weights and inputs, after a warm-up;
-peak memory is the largest resident size above what the process held once its inputs were made. The benchmark fails when
-outputs or gradients differ by more than 1e-5 of their scale. The last lines are the ratios;
-that of CPU time is the steadier one on a machine that does other work.
+published code does (PR 1166, section 8). Each side runs in a process of its own on the same weights and inputs, after a
+warm-up; peak memory is the largest resident size above what the process held once its inputs were made. The benchmark
+fails when outputs or gradients differ by more than 1e-5 of their scale. The last lines are the ratios; that of CPU time
+is the steadier one on a machine that does other work.
 """
 
 from __future__ import annotations
