@@ -22,7 +22,6 @@ from golfbook.config import load_config
 from golfbook.errors import CheckpointError, RunError
 from golfbook.files import atomic_write_json
 from golfbook.runs import Run
-from golfbook.shards import write_shard
 
 WORDS = ("the", "model", "reads", "a", "token", "and", "learns", "to", "guess", "what", "comes", "next", "from", "it")
 
@@ -46,7 +45,8 @@ def make_run(corpus_file: Path, variant: str = "tiny", seed: int = 1, **override
         },
         "train": {
             "steps": 12, "batch_tokens": 256, "sequence_length": 64, "warmdown_steps": 6, "validate_every": 6,
-            "checkpoint_every": 3, "log_every": 2, "muon_dtype": "float32", "ema_decay": 0.5, "device": "cpu",
+            "checkpoint_every": 3, "log_every": 2, "ema_decay": 0.5, "device": "cpu",
+            "muon_dtype": "float32", "muon_momentum_dtype": "float32", "precision": "float32",
         },
         "quantize": {"passthrough_numel": 256, "scale_floor": False},
         "score": {"stride": 16},
@@ -62,17 +62,6 @@ def train_here(run: Run) -> dict:
 
 def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-def test_stream_is_sequential_and_wraps(tmp_path):
-    tokens = np.arange(10, dtype=np.uint16), np.arange(10, 17, dtype=np.uint16)
-    paths = [tmp_path / "a_train_0.bin", tmp_path / "a_train_1.bin"]
-    for path, part in zip(paths, tokens, strict=True):
-        write_shard(path, part)
-    stream, expected = training.TokenStream(paths), np.tile(np.arange(17), 5)
-    taken = [stream.take(n) for n in (3, 9, 20, 1)]
-    assert np.array_equal(np.concatenate(taken), expected[:33])
-    assert np.array_equal(training.TokenStream(paths, stream.position).take(7), expected[33:40])
 
 
 def test_one_seed_gives_one_model_and_averaging_is_what_it_says(corpus_file, monkeypatch):
@@ -92,11 +81,11 @@ def test_one_seed_gives_one_model_and_averaging_is_what_it_says(corpus_file, mon
     for weights in history[1:]:
         average = {k: 0.5 * average[k] + 0.5 * weights[k] for k in average}
     for name, value in average.items():
-        torch.testing.assert_close(first[f"average/{name}"], value)
+        torch.testing.assert_close(first[f"average/ema/{name}"], value)
     assert same(first, train_here(make_run(corpus_file, "second")))
     assert not same(first, train_here(make_run(corpus_file, "third", seed=2)))
     run = make_run(corpus_file, "first")
-    assert torch.equal(load_model(run).tok_emb.weight, first["average/tok_emb.weight"])
+    assert torch.equal(load_model(run).tok_emb.weight, first["average/ema/tok_emb.weight"])
     assert torch.equal(load_model(run, "last").tok_emb.weight, first["model/tok_emb.weight"])
     points = run.read_metrics()
     assert [p["step"] for p in points if p["kind"] == "train"] == [2, 4, 6, 8, 10, 12]
@@ -172,6 +161,74 @@ def test_two_processes_take_the_same_steps_as_one(corpus_file):
         [p["loss"] for p in r.read_metrics() if p["kind"] == "train"] for r in (make_run(corpus_file, "one"), run)
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_gradient_accumulation_equals_the_large_batch(corpus_file):
+    """Tolerance as for two processes: the mean of parts rounds differently."""
+    whole, parts = (
+        train_here(make_run(corpus_file, "whole")),
+        make_run(corpus_file, "parts", **{"train.micro_batches": 4}),
+    )
+    cut = train_here(parts)
+    for name, value in whole.items():
+        if name.startswith("model/"):
+            torch.testing.assert_close(cut[name], value, atol=1e-4, rtol=0)
+
+
+def test_recomputing_activations_changes_no_bit(corpus_file):
+    run = make_run(corpus_file, "recompute", **{"train.checkpoint_activations": True})
+    recomputed, plain = train_here(run), train_here(make_run(corpus_file, "plain"))
+    assert same({k: v for k, v in recomputed.items()}, plain)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"train.averaging": "swa", "train.swa_every": 1, "train.swa_start": 0.9},
+        {"train.averaging": "swa_of_ema", "train.swa_every": 1, "train.swa_start": 0.9},
+        {"train.averaging": "none"},
+        {"train.qat_start": 0.9},
+        {"train.loader": "coprime"},
+        {"train.precision": "bfloat16"},
+        {"train.muon_row_norm": True},
+        {"train.newton_schulz_coefficients": "polar_express"},
+        {"train.lr_warmup_steps": 3, "train.warmdown_shape": "cosine", "train.min_lr_scale": 0.1},
+    ],
+    ids=lambda o: next(iter(o.values())) if "averaging" in next(iter(o)) else next(iter(o)).removeprefix("train."),
+)
+def test_every_way_to_train_matters_and_resumes_exactly(corpus_file, monkeypatch, overrides):
+    plain = load_averaged(make_run(corpus_file, "plain"))
+    whole = load_averaged(make_run(corpus_file, "whole", **overrides))
+    assert not same(whole, plain)
+    run, step = make_run(corpus_file, "stopped", **overrides), training.Trainer.train_step
+
+    def stopping(self):
+        self.stop_requested = self.step + 1 == 8
+        return step(self)
+
+    monkeypatch.setattr(training.Trainer, "train_step", stopping)
+    with pytest.raises(training.StopRequested):
+        train_here(run)
+    monkeypatch.setattr(training.Trainer, "train_step", step)
+    assert same(load_averaged(run), whole)
+
+
+def load_averaged(run: Run) -> dict:
+    train_here(run)
+    return load_model(run).state_dict()
+
+
+def test_the_clock_ends_training(corpus_file):
+    run = make_run(
+        corpus_file, "clock", **{"train.steps": 100000, "train.max_seconds": 0.5, "train.warmdown_steps": 10}
+    )
+    train_here(run)
+    result = run.read_result("training")
+    assert 5 < result["steps"] < 100000
+    assert 0.5 <= result["train_seconds"] < 30
+    points = [p for p in run.read_metrics() if p["kind"] == "train"]
+    assert points[0]["lr_scale"] == 1.0 > points[-1]["lr_scale"]
+    assert stages.run_training(run) == result
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(corpus_file):

@@ -1,8 +1,8 @@
 """Checkpoints of a training run: one safetensors file with weights, their average, optimiser state and position.
 
 Nothing is pickled, so a checkpoint from elsewhere can be opened safely; those of the published systems come through
-:func:`load_published`. Tensor names: ``model/<parameter>``,
-``average/<parameter>``, ``muon/<parameter>``, ``adam/<parameter>/<moment>``; scalars travel as JSON in the metadata.
+:func:`load_published`. Tensor names: ``model/<parameter>``, ``average/<kind>/<parameter>``, ``muon/<parameter>``,
+``adam/<parameter>/<moment>``; scalars travel as JSON in the metadata.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from golfbook.averaging import WeightAverage
 from golfbook.errors import CheckpointError
 from golfbook.files import atomic_path
 from golfbook.model import GPT
@@ -34,14 +35,13 @@ Optimizers = Mapping[str, torch.optim.Optimizer]
 def save_checkpoint(
     path: Path,
     model: nn.Module,
-    average: Mapping[str, Tensor] | None,
+    average: WeightAverage,
     optimizers: Optimizers,
     progress: Mapping[str, Any],
 ) -> None:
     """Write everything a run needs to go on, atomically; ``progress`` is JSON-like (step, position, times)."""
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-    if average is not None:
-        tensors |= {f"average/{name}": value for name, value in average.items()}
+    tensors |= {f"average/{name}": value for name, value in average.state_tensors().items()}
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for kind, optimizer in optimizers.items():
         for parameter, state in optimizer.state.items():
@@ -49,7 +49,7 @@ def save_checkpoint(
     tensors["rng/torch"] = torch.get_rng_state()
     with atomic_path(path) as temporary:
         _save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary,
-                  metadata={"progress": json.dumps(dict(progress))})  # fmt: skip
+                  metadata={"progress": json.dumps({**progress, "average": average.state_numbers()})})  # fmt: skip
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -59,17 +59,14 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         raise OSError(errno.ENOSPC if "No space" in str(error) else errno.EIO, str(error)) from error
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, average: dict[str, Tensor] | None, optimizers: Optimizers
-) -> dict[str, Any]:
+def load_checkpoint(path: Path, model: nn.Module, average: WeightAverage, optimizers: Optimizers) -> dict[str, Any]:
     """Restore what :func:`save_checkpoint` wrote, in place; returns ``progress``.
 
     Raises :class:`CheckpointError` for a damaged file or one whose tensors do not fit the model.
     """
     tensors, progress = _read(path)
     model.load_state_dict(_section(tensors, "model", model.state_dict(), path))
-    if average is not None:
-        average.update(_section(tensors, "average", average, path))
+    _load_average(average, tensors, progress, path)
     named = dict(model.named_parameters())
     for kind, optimizer in optimizers.items():
         for key, value in tensors.items():
@@ -85,13 +82,16 @@ def load_checkpoint(
 def load_model(run: Run, which: Literal["averaged", "last"] = "averaged") -> GPT:
     """The model a finished or interrupted training left behind, in evaluation mode on the CPU.
 
-    ``averaged`` gives the weights the training stage hands on: the moving average, or the last weights where averaging
-    is off. Raises :class:`CheckpointError` where there is no usable checkpoint.
+    ``averaged`` gives the weights the training stage hands on, as ``train.averaging`` says. Raises
+    :class:`CheckpointError` where there is no usable checkpoint.
     """
-    tensors, _ = _read(run.checkpoint_path)
+    tensors, progress = _read(run.checkpoint_path)
     model = GPT(run.config.model)
-    section = "average" if which == "averaged" and run.config.train.ema_decay else "model"
-    model.load_state_dict(_section(tensors, section, model.state_dict(), run.checkpoint_path))
+    model.load_state_dict(_section(tensors, "model", model.state_dict(), run.checkpoint_path))
+    if which == "averaged":
+        average = WeightAverage(run.config.train, model.state_dict())
+        _load_average(average, tensors, progress, run.checkpoint_path)
+        model.load_state_dict(average.result(model.state_dict()))
     return model.eval()
 
 
@@ -111,6 +111,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {key: stream.get_tensor(key) for key in stream.keys()}, progress  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from None
+
+
+def _load_average(
+    average: WeightAverage, tensors: Mapping[str, Tensor], progress: Mapping[str, Any], path: Path
+) -> None:
+    found = {k.removeprefix("average/"): v for k, v in tensors.items() if k.startswith("average/")}
+    try:
+        average.load_state_tensors(found, progress["average"])
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: {error}; delete it to train anew") from None
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from golfbook.config import ModelConfig
 from golfbook.kernels import rms_norm
@@ -31,6 +32,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # recompute each block in backward: less memory, a third more arithmetic
         layers, dim = config.num_layers, config.model_dim
         self.encoder_layers = layers // 2
         skips = min(self.encoder_layers, layers - self.encoder_layers)
@@ -78,7 +80,10 @@ class GPT(nn.Module):
         stack: list[Tensor] = []
 
         def run(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.blocks[i](x, x0, embeddings.get(i), first if i else None)
+            inputs = (x, x0, embeddings.get(i), first if i else None)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                return checkpoint(self.blocks[i], *inputs, use_reentrant=False)
+            return self.blocks[i](*inputs)
 
         for i in range(config.num_layers):
             j = i - self.encoder_layers

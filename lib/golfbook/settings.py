@@ -257,8 +257,6 @@ class TrainConfig(Section):
     precision: Literal["float32", "bfloat16", "auto"] = Field(
         "auto", description="of activations; masters stay float32. auto: bfloat16 where the hardware is fast at it"
     )
-    compile: bool = Field(False, description="torch.compile; falls back to eager where there is no compiler")
-    compile_warmup_steps: NonNegative = Field(0, description="steps on synthetic tokens before the clock, then undone")
     checkpoint_activations: bool = Field(False, description="recompute block activations in backward to save memory")
     validate_every: NonNegative = Field(500, description="steps between validations; 0: only at the end")
     log_every: Positive = 10
@@ -274,6 +272,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"train.batch_tokens {self.batch_tokens} must be train.sequence_length {self.sequence_length} "
                 f"times a multiple of train.processes {self.processes}"
+            )
+        if rows // self.processes % self.micro_batches:
+            raise ValueError(
+                f"train.micro_batches {self.micro_batches} does not divide the {rows // self.processes} sequences "
+                "that a process has in each step"
             )
         return self
 

@@ -14,44 +14,23 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from golfbook import corpus, scoring
+from golfbook.averaging import WeightAverage
 from golfbook.checkpoints import load_checkpoint, save_checkpoint
 from golfbook.config import Config
 from golfbook.errors import CheckpointError, GolfbookError, RunError
 from golfbook.files import remove_partial
+from golfbook.loaders import Prefetching, make_loader
 from golfbook.model import BOS_ID, GPT, initialise
-from golfbook.muon import lr_scale, make_optimizers, muon_momentum
+from golfbook.muon import make_optimizers
+from golfbook.qat import fake_quantized
 from golfbook.runs import Run, exit_with_parent, open_run
-from golfbook.shards import read_shard
-
-
-class TokenStream:
-    """One endless sequential stream over shards, as published: no shuffling, no document boundaries (section 3.2)."""
-
-    def __init__(self, shards: list[Path], position: int = 0) -> None:
-        self.tokens = [read_shard(path) for path in shards]
-        self.ends = np.cumsum([len(t) for t in self.tokens])
-        self.position = position
-
-    def take(self, count: int) -> np.ndarray:
-        """The next ``count`` tokens, uint16; wraps around at the end of the last shard."""
-        pieces: list[np.ndarray] = []
-        while count:
-            at = self.position % int(self.ends[-1])
-            shard = int(np.searchsorted(self.ends, at, side="right"))
-            start = at - (int(self.ends[shard - 1]) if shard else 0)
-            piece = np.asarray(self.tokens[shard][start : start + count])
-            pieces.append(piece)
-            count -= len(piece)
-            self.position += len(piece)
-        return np.concatenate(pieces)
+from golfbook.schedules import lr_scale, muon_momentum, qat_active
 
 
 class Trainer:
@@ -70,13 +49,13 @@ class Trainer:
                 f"{self.dataset.tokenizer.bos_id}"
             )
         self.model = initialise(GPT(self.config.model), self.config.seed).to(self.device)
-        self.average: dict[str, Tensor] | None = None
-        if self.config.train.ema_decay:
-            self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.model.checkpoint_activations = self.config.train.checkpoint_activations
+        self.precision = choose_precision(self.config, self.device)
+        self.average = WeightAverage(self.config.train, self.model.state_dict())
         muon, adam = make_optimizers(self.model, self.config.train)
         self.optimizers: dict[str, torch.optim.Optimizer] = {"muon": muon, "adam": adam}
-        self.stream = TokenStream(self.dataset.train_shards)
-        self.step, self.train_seconds, self.last_loss = 0, 0.0, math.nan
+        self.loader = Prefetching(make_loader(self.dataset.train_shards, self.config.train, self.config.seed))
+        self.step, self.train_seconds, self.last_loss, self.scale = 0, 0.0, math.nan, 1.0
         self.stop_requested = False
 
     @property
@@ -89,7 +68,7 @@ class Trainer:
         if self.rank == 0:
             progress = {
                 "step": self.step,
-                "position": self.stream.position,
+                "loader": self.loader.state(),
                 "train_seconds": self.train_seconds,
                 "train_loss": self.last_loss,
                 **self.identity,
@@ -109,7 +88,8 @@ class Trainer:
         for what, value in self.identity.items():
             if progress[what] != value:
                 raise CheckpointError(f"{path} was made with another {what}; delete it to train anew")
-        self.step, self.stream.position = progress["step"], progress["position"]
+        self.step = progress["step"]
+        self.loader.load_state(progress["loader"])
         self.train_seconds, self.last_loss = progress["train_seconds"], progress["train_loss"]
         self.print(f"resuming at step {self.step}")
 
@@ -117,14 +97,14 @@ class Trainer:
         """Run the remaining steps, validating, logging and saving on the way."""
         train = self.config.train
         started, at_start = time.perf_counter(), self.step
-        while self.step < train.steps:
+        while self.step < train.steps and not self.out_of_time():
             if train.validate_every and self.step % train.validate_every == 0:
                 self.validate(self.model)
             begin = time.perf_counter()
             loss = self.train_step()
             self.train_seconds += time.perf_counter() - begin
             self.step += 1
-            last = self.step == train.steps
+            last = self.step == train.steps or self.out_of_time()
             if self.step % train.log_every == 0 or last:
                 self.log(loss, (time.perf_counter() - started) / (self.step - at_start))
             stop = self.agree_to_stop()
@@ -133,31 +113,47 @@ class Trainer:
                 self.save()
             if stop and not last:
                 raise StopRequested(f"training was asked to stop at step {self.step}; run it again to go on from there")
+        self.loader.close()
+
+    def elapsed(self) -> float | None:
+        """Training seconds by the first process's clock, the same on all; None where the clock decides nothing."""
+        if not self.config.train.max_seconds:
+            return None
+        seconds = torch.tensor([self.train_seconds], dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.broadcast(seconds, 0)
+        return float(seconds.item())
+
+    def out_of_time(self) -> bool:
+        """Whether ``train.max_seconds`` are used up."""
+        elapsed = self.elapsed()
+        return elapsed is not None and elapsed >= self.config.train.max_seconds
 
     def train_step(self) -> Tensor:
         """One optimiser step on the next global batch; returns the loss on this process's rows before it."""
         train, step = self.config.train, self.step
-        span = torch.from_numpy(self.stream.take(train.batch_tokens + 1).astype(np.int64))
-        rows = slice(self.rank, None, self.world)
-        inputs = span[:-1].view(-1, train.sequence_length)[rows].to(self.device)
-        targets = span[1:].view(-1, train.sequence_length)[rows].to(self.device)
-        scale = lr_scale(step, train)
+        inputs, targets = (torch.from_numpy(a[self.rank :: self.world]).to(self.device) for a in self.loader.next())
+        self.scale = lr_scale(step, train, self.elapsed())
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * scale
+                group["lr"] = group["base_lr"] * self.scale
         self.optimizers["muon"].param_groups[0]["momentum"] = muon_momentum(step, train)
-        loss = self.model.loss(inputs, targets)
-        loss.backward()
+        loss = torch.zeros((), device=self.device)
+        quantized = qat_active(step, self.scale, train)
+        with fake_quantized(self.model, self.config.quantize) if quantized else contextlib.nullcontext():
+            for x, y in zip(inputs.chunk(train.micro_batches), targets.chunk(train.micro_batches), strict=True):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                    part = self.model.loss(x, y) / train.micro_batches
+                part.backward()
+                loss += part.detach()
         self.average_gradients()
         if train.grad_clip:  # after averaging, so that the step does not depend on the number of processes
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
         for optimizer in self.optimizers.values():
             optimizer.step()
-        if self.average is not None:
-            weights = self.model.state_dict()
-            torch._foreach_lerp_(list(self.average.values()), [weights[k] for k in self.average], 1 - train.ema_decay)
-        return loss.detach()
+        self.average.update(step, self.scale, self.model.state_dict())
+        return loss
 
     def average_gradients(self) -> None:
         """Replace every gradient by its mean over the processes, in one message."""
@@ -202,7 +198,7 @@ class Trainer:
             "kind": "train",
             "step": self.step,
             "loss": mean,
-            "lr_scale": lr_scale(self.step - 1, train),
+            "lr_scale": self.scale,
             "tokens_per_second": train.batch_tokens / seconds_per_step,
             "seconds": self.train_seconds,
         }
@@ -228,8 +224,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Score the weights that are handed on and write the stage's result."""
-        if self.average is not None:
-            self.model.load_state_dict(self.average)
+        self.model.load_state_dict(self.average.result(self.model.state_dict()))
         final = self.validate(self.model)
         if self.rank:
             return
@@ -244,7 +239,8 @@ class Trainer:
                 "tokens_seen": self.step * train.batch_tokens,
                 "tokens_per_second": self.step * train.batch_tokens / max(self.train_seconds, 1e-9),
                 "parameters": sum(p.numel() for p in self.model.parameters()),
-                "weights": "moving average" if self.average is not None else "last",
+                "weights": self.average.name,
+                "precision": self.precision,
                 "device": str(self.device),
                 "processes": self.world,
                 "dataset_fingerprint": data.fingerprint,
@@ -274,6 +270,18 @@ def choose_device(config: Config, rank: int = 0) -> torch.device:
 
 class StopRequested(RunError):
     """The trainer was asked to stop and has saved its state."""
+
+
+def choose_precision(config: Config, device: torch.device) -> str:
+    """Dtype of activations, "float32" or "bfloat16": what ``train.precision`` says, or what the hardware is fast at.
+
+    "auto" takes bfloat16 on GPUs that have it and on CPUs with AMX; elsewhere bfloat16 gains little and costs accuracy.
+    """
+    if config.train.precision != "auto":
+        return config.train.precision
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
 
 
 def peak_memory_bytes() -> int:
