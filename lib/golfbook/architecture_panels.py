@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from golfbook import architecture_figures, costs
 from golfbook.config import Config, ModelConfig, load_config
 from golfbook.figures import Picture
+from golfbook.kernels import causal_attention
 from golfbook.layers import exclusive_attention
 from golfbook.model import GPT, parameter_table
 from golfbook.panels import Choice, Panel, Slider, Switch
@@ -74,7 +74,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is F.scaled_dot_product_attention:
+        if func is causal_attention:
             self.calls.append((*args[:3], result))
         return result
 

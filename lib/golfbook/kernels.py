@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 RMS_EPS = torch.finfo(torch.float32).eps
 QUERY_BLOCK = 64  # query rows of one block on a CPU: what lies above the diagonal is skipped block by block
@@ -39,6 +40,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     is torch's fused kernel. On a CPU the queries go through in blocks of plain matrix products: torch's CPU kernel is
     slower than that for short sequences, above all in bfloat16.
     """
+    if has_torch_function((q, k, v)):  # so that a TorchFunctionMode can watch attention whatever computes it
+        return handle_torch_function(causal_attention, (q, k, v), q, k, v)
     if q.is_cuda or q.is_meta:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     batch, heads, time, width = q.shape
