@@ -112,9 +112,9 @@ run.write_result(
 VALUE = "def value_of(run):\n    return run.read_result('training')['val_bpb']"
 
 FIGURE = """
-from golfbook.files import project_root, runs_root
+from golfbook.files import figures_root, project_root, runs_root
 count = len(list((runs_root() / study).glob("*/result.test_time_training.json")))
-(project_root() / "figures" / f"{study}_seeds.png").write_text(f"{count} runs")
+(figures_root() / f"{study}_seeds.png").write_text(f"{count} runs")
 with (project_root() / "figure_count.txt").open("a") as stream:
     stream.write("x")
 """

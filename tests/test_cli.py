@@ -138,6 +138,39 @@ def test_collect_prints_the_table_and_the_files(
     assert "2.2000 ± 0.1000" in text and "BPB after training" in text and "runs/mine/results.parquet" in text
 
 
+@pytest.mark.parametrize("study", ["..", ".", "published", "published/quickstart", "../elsewhere", "empty"])
+def test_collect_writes_only_where_runs_are(
+    study: str, project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_run("mine", "base", load_config("quickstart", seed=1))
+    for folder in ("runs/published/quickstart/base-s1-0123456789", "runs/empty", "elsewhere/base-s1-0123456789"):
+        (project.root / folder).mkdir(parents=True)
+    (project.root / "elsewhere/base-s1-0123456789/config.json").write_text("{}")
+    (project.root / "runs/published/quickstart/base-s1-0123456789/config.json").write_text("{}")
+    before = sorted(project.root.rglob("*"))
+    assert call(monkeypatch, "collect", study) == 2
+    output = capsys.readouterr()
+    assert f"there is no study '{study}'" in output.err and "(studies: mine)" in output.err and output.out == ""
+    assert sorted(project.root.rglob("*")) == before
+
+
+def test_runs_of_an_older_version_are_counted(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = create_run("mine", "base", load_config("quickstart", seed=1)).path / "config.json"
+    old.write_text(json.dumps({**json.loads(old.read_text()), "a_setting_of_the_past": 1}))
+    note = "1 run folder of an older version was passed over."
+    for arguments in (("status",), ("status", "mine")):
+        assert call(monkeypatch, *arguments) == 0
+        assert capsys.readouterr().out.count(note) == 1
+    assert call(monkeypatch, "collect", "mine") == 2, "there is no row to write"
+    assert "has no run to collect (1 run folders" in capsys.readouterr().err
+    assert not list(project.runs.rglob("*.parquet"))
+    create_run("mine", "base", load_config("quickstart", seed=2))
+    assert call(monkeypatch, "collect", "mine") == 0
+    assert note in capsys.readouterr().out
+
+
 def test_presets(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "presets") == 0
     text = capsys.readouterr().out

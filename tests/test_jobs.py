@@ -9,11 +9,13 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from fixture_project import Project
-from golfbook import jobs, results
+from golfbook import jobs, reports, results
 from golfbook.config import load_config
 from golfbook.errors import RunError
+from golfbook.files import sha256_file
 from golfbook.plan import PlannedRun
 from golfbook.runs import STAGES, create_run
 
@@ -115,6 +117,24 @@ def test_figures_are_drawn_again_when_results_notebook_or_picture_changed(finish
     assert (finished.root / "figures/small_seeds.png").is_file()
 
 
+def test_figures_are_drawn_again_when_the_library_changed(finished: Project) -> None:
+    count, record = finished.root / "figure_count.txt", finished.runs / "small/figures.10_seeds.json"
+    drawn = len(count.read_text())
+    values = json.loads(record.read_text())
+    record.write_text(json.dumps({**values, "code_sha256": "of another version"}))
+    assert finished.call("run", "papermill_jobs/job.yaml").returncode == 0
+    assert len(count.read_text()) == drawn + 1 and json.loads(record.read_text()) == values
+    done = finished.call("run", "papermill_jobs/job.yaml", "--redraw")
+    assert done.returncode == 0 and "Nothing to do" not in done.stdout
+    assert len(count.read_text()) == drawn + 2, "drawn again though it is current"
+
+
+def test_redraw_executes_no_run(project: Project) -> None:
+    report = jobs.run(jobs.plan(project.job), redraw=True)
+    assert [status.executed for status in report.runs] == [[], []] and project.results() == {}
+    assert [(figure.state, figure.message) for figure in report.figures] == [("skipped", "no run has finished")]
+
+
 def test_failures_do_not_stop_the_others_and_are_tried_again(project: Project) -> None:
     """A killed kernel, a broken cell, an error of ours, and a cell that fails after the result was written."""
     variants = {name: {"train.grad_clip": i / 8} for i, name in enumerate(("killed", "broken", "data", "plot", "good"))}
@@ -187,7 +207,7 @@ def test_full_disk_while_a_job_is_prepared(project: Project, monkeypatch: pytest
 
     made = jobs.plan(training_only(project).job)
     monkeypatch.setattr("golfbook.files.tempfile.mkstemp", full)
-    with pytest.raises(RunError, match=r"cannot write .*env\.json: No space left on device; check free space"):
+    with pytest.raises(RunError, match=r"cannot write .*job\.json: No space left on device; check free space"):
         jobs.run(made)
 
 
@@ -244,15 +264,132 @@ def test_each_worker_has_gpus_of_its_own(project: Project, monkeypatch: pytest.M
     assert [status.message for status in report.runs] == ["the process ended with status 1"] * 4
 
 
+def test_slots_and_workers_fit_the_largest_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("jobs", "plan", "estimates"):
+        monkeypatch.setattr(f"golfbook.{module}.visible_gpus", lambda: ["0", "3", "5", "7"])
+    variants = {"one": {}, "two": {"train.processes": 2}}
+    made = jobs.plan(training_only(project, variants=variants, seeds=[1, 2]).job)
+    assert made.workers == 2
+    started: list[tuple[str, str, str]] = []
+    both = threading.Barrier(2)
+
+    def spawn(self: object, log: Path, planned: PlannedRun, gpus: list[str], *arguments: str) -> int:
+        seen = jobs._environment(planned, gpus)["CUDA_VISIBLE_DEVICES"]
+        started.append((planned.variant, seen, gpus[0]))
+        both.wait(20)
+        return 1
+
+    monkeypatch.setattr(jobs._Job, "_spawn", spawn)
+    jobs.run(made)
+    pairs = {"0": "0,3", "5": "5,7"}
+    assert len(started) == 4
+    for variant, seen, first in started:
+        assert seen == (first if variant == "one" else pairs[first])
+
+
+def test_a_notebook_gets_all_folders_absolute(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative ones start at the folder the command is called in, not at that of the notebook or the trainer."""
+    elsewhere = project.root / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for name, value in (("ROOT", ".."), ("RUNS", "r"), ("CACHE", "c"), ("FIGURES", "f")):
+        monkeypatch.setenv(f"GOLFBOOK_{name}", value)
+    environment = jobs._environment(jobs.plan(project.job).runs[0], [])
+    assert {name: environment[f"GOLFBOOK_{name}"] for name in ("ROOT", "RUNS", "CACHE", "FIGURES")} == {
+        "ROOT": str(project.root),
+        "RUNS": str(elsewhere / "r"),
+        "CACHE": str(elsewhere / "c"),
+        "FIGURES": str(elsewhere / "f"),
+    }
+
+
+def finish_training(project: Project, job: Path | None = None) -> pd.DataFrame:
+    """Write the training results of a job without running it; returns the collected table."""
+    made = jobs.plan(job or project.job)
+    results.note_variants(made)
+    for planned in made.runs:
+        run = create_run(made.study, planned.variant, planned.config)
+        run.checkpoint_path.write_text("x")
+        run.write_result("training", {"val_bpb": 2.0}, reads={}, writes=run.checkpoint_path)
+    return results.collect(made.study)
+
+
+def test_renamed_and_removed_variants_leave_the_tables(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert set(finish_training(project)["variant"]) == {"xsa", "no_xsa"}
+    project.write_job(variants={"renamed": {}, "other": {"model.xsa": 1}})
+    assert set(finish_training(project)["variant"]) == {"renamed", "other"}
+    assert set(pd.read_parquet(project.runs / "small/results.parquet")["variant"]) == {"renamed", "other"}
+    project.write_job(variants={"other": {"model.xsa": 1}})
+    assert set(finish_training(project)["variant"]) == {"other"}
+    reports.show_study(Console(), "small")
+    assert "renamed" not in capsys.readouterr().out
+    project.write_job(variants={"xsa": {}})
+    assert set(finish_training(project)["variant"]) == {"xsa"}, "a variant that comes back is there again"
+    assert len(list((project.runs / "small").glob("*-s1-*"))) == 4, "nothing is deleted"
+
+    second = project.job.with_name("second.yaml")
+    second.write_text(project.job.read_text().replace("xsa: {}", "also: {model.xsa: 1}"))
+    assert set(finish_training(project, second)["variant"]) == {"xsa", "also"}, "two job files may share a study"
+    by_hand = create_run("small", "by_hand", load_config("quickstart", seed=1, overrides={"train.steps": 9}))
+    assert by_hand.path.name in {row["run"] for row in results.rows("small")}
+
+
+def test_one_name_for_two_configurations_is_never_averaged(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    for seed in (1, 2):
+        for xsa, steps, value in ((0, 100, 2.0), (2, 200, 3.0)):
+            overrides = {"model.xsa": xsa, "train.steps": steps}
+            run = create_run("notebook", "default", load_config("quickstart", seed=seed, overrides=overrides))
+            run.checkpoint_path.write_text("x")
+            run.append_metrics({"kind": "train", "step": 1, "loss": value})
+            values = {"val_bpb": value + seed / 10}
+            run.write_result("training", values, reads={}, writes=run.checkpoint_path)
+    table = results.collect("notebook")
+    means = table.groupby("variant")["training_val_bpb"].mean()
+    assert sorted(means) == pytest.approx([2.15, 3.15])
+    assert set(table["variant"]) == set("default@" + table["variant_hash"])
+    curves = pd.read_parquet(project.runs / "notebook/metrics.parquet")
+    assert set(curves["variant"]) == set(table["variant"])
+    reports.show_study(Console(), "notebook")
+    text = capsys.readouterr().out
+    assert "2.1500 ± 0.0707" in text and "3.1500 ± 0.0707" in text and "several configurations" in text
+
+
+def test_collect_takes_what_made_a_run_from_its_results(project: Project) -> None:
+    run = create_run("s", "v", load_config("quickstart", seed=1))
+    env = json.loads((run.path / "env.json").read_text())
+    env |= {"git_commit": "old", "processor": "first machine", "packages": {"torch": "1.0"}}
+    (run.path / "env.json").write_text(json.dumps(env))
+    run.checkpoint_path.write_text("x")
+    sha = sha256_file(run.checkpoint_path)
+
+    def write(stage: str, environment: dict[str, object] | None, **reads: str) -> None:
+        run.write_result(stage, {}, reads=reads, writes=run.checkpoint_path)
+        result = {**(run.read_result(stage) or {}), "environment": environment}
+        run.result_path(stage).write_text(json.dumps(result))
+
+    write("training", None)
+    [row] = results.rows("s")
+    assert (row["git_commit"], row["torch_version"], row["processor"]) == ("old", "1.0", "first machine")
+    made_by = {"git_commit": "new", "git_dirty": True, "torch": "2.0", "golfbook": "0.2", "processor": "second machine"}
+    write("training", made_by)
+    [row] = results.rows("s")
+    assert (row["git_commit"], row["torch_version"], row["processor"]) == ("new", "2.0", "second machine")
+    assert row["git_dirty"] is True and row["golfbook_version"] == "0.2" and "environment" not in row
+    write("quantization", {**made_by, "git_commit": "newer"}, **{run.checkpoint_path.name: sha})
+    [row] = results.rows("s")
+    assert (row["git_commit"], row["training_git_commit"], row["quantization_git_commit"]) == ("newer", "new", "newer")
+    assert row["torch_version"] == "2.0" and "training_torch_version" not in row
+
+
 def test_edited_jobs_leave_old_runs_out_of_the_tables(project: Project) -> None:
     def finish() -> list[str]:
-        made = jobs.plan(project.job)
-        results.note_variants(made)
-        for planned in made.runs:
-            run = create_run(made.study, planned.variant, planned.config)
-            run.checkpoint_path.write_text("x")
-            run.write_result("training", {"val_bpb": 2.0}, reads={}, writes=run.checkpoint_path)
-        frame = results.collect("small")
+        frame = finish_training(project)
         return [f"{row.variant}-s{row.seed}-{row.config_hash}" for row in frame.itertuples()]
 
     first = finish()

@@ -216,9 +216,27 @@ def test_finished_stages_are_shown_and_not_repeated(home: Path, scored: tuple[nb
     assert list_runs("elsewhere") == []
 
 
+@pytest.mark.parametrize(("name", "done"), [("03_training", 1), ("04_quantization", 2)])
+def test_each_stage_notebook_starts_from_nothing(
+    home: Path, name: str, done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain papermill, no job and no run folder: the notebook makes the stages before it by itself."""
+    monkeypatch.setenv("GOLFBOOK_RUNS", str(tmp_path / "runs"))
+    study = f"alone{name[:2]}"
+    execute(home, name, preset="quickstart", seed=7, overrides=smoke(home), study=study)
+    (run,) = list_runs(study)
+    assert run.config == load_config("quickstart", seed=7, overrides=smoke(home))
+    states = [run.state(stage) for stage in STAGE_NOTEBOOKS]
+    assert states == ["done"] * done + ["missing"] * (3 - done)
+    bpb = [(run.read_result(stage) or {})["val_bpb"] for stage in list(STAGE_NOTEBOOKS)[:done]]
+    assert all(0.5 < value < 8 for value in bpb)
+
+
 def test_seeds_plots_finished_runs_and_names_the_others(home: Path, scored: tuple[nbformat.NotebookNode, Run]) -> None:
     _, run = scored
     create_run("smoke", "no_xsa", load_config("quickstart", seed=7, overrides=smoke(home, **{"model.xsa": 0})))
+    (home / "runs/smoke/old-s1-0123456789").mkdir()
+    (home / "runs/smoke/old-s1-0123456789/config.json").write_text('{"a_setting_of_the_past": 1}')
     notebook = execute(home, "10_seeds", study="smoke")
     table = pd.read_csv(home / "figures" / "smoke_seeds.csv")
     result = run.read_result("test_time_training") or {}
@@ -227,6 +245,7 @@ def test_seeds_plots_finished_runs_and_names_the_others(home: Path, scored: tupl
     assert {p.suffix for p in (home / "figures").glob("smoke_seeds.*")} == {".png", ".svg", ".csv"}
     printed = json.dumps(notebook.cells)
     assert "1 of 2 runs are not finished" in printed
+    assert "because they are of an older version: old-s1-0123456789" in printed
     assert "no_xsa, seed 7: training missing" in printed
     assert "There is only the variant **base**" in printed
 

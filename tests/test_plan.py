@@ -172,6 +172,25 @@ def test_workers(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_cores() >= 1
 
 
+def test_workers_fit_the_largest_variant(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("golfbook.plan.available_cores", lambda: 8)
+    monkeypatch.setattr("golfbook.plan.visible_gpus", lambda: [])
+    monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: [])
+    seeds = list(range(20))
+    assert plan(project.write_job(seeds=seeds, variants={"a": {}, "b": {"train.threads": 64}})).workers == 1
+    assert plan(project.write_job(seeds=seeds, variants={"a": {}, "b": {"train.processes": 4}})).workers == 2
+    monkeypatch.setattr("golfbook.plan.visible_gpus", lambda: ["0", "1", "2", "3"])
+    monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: ["0", "1", "2", "3"])
+    assert plan(project.job).workers == 1
+    variants = {"auto": {}, "host": {"train.device": "cpu"}}
+    with pytest.raises(
+        ConfigError, match=r"job\.yaml: variants 'auto' .*auto\) and 'host' .*cpu\).*same train\.device"
+    ):
+        plan(project.write_job(variants=variants))
+    monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: [])
+    assert len(plan(project.job).runs) == 2, "without a GPU both train on the CPU"
+
+
 def test_visible_gpus_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5")
     assert estimates.visible_gpus() == ["2", "5"]

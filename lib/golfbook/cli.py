@@ -72,6 +72,7 @@ def run(
         typer.Option(min=1, help="Runs in hand at a time. Default: as many as cores, GPUs and memory allow."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, run nothing.")] = False,
+    redraw: Annotated[bool, typer.Option("--redraw", help="Only draw the figures again, all of them.")] = False,
 ) -> None:
     """Run a job: every variant with every seed, then the tables and the figures.
 
@@ -90,7 +91,7 @@ def run(
     previous = signal.signal(signal.SIGTERM, _interrupt)  # a job scheduler's word for Ctrl-C
     try:
         with reports.follow(console) as follow:
-            report = jobs.run(plan, follow)
+            report = jobs.run(plan, follow, redraw=redraw)
     finally:
         signal.signal(signal.SIGTERM, previous)
     reports.show_report(console, report)
@@ -119,7 +120,7 @@ def status(
             reports.show_status(console, name)
         return
     results.current_runs(study)  # raises for an unknown study
-    reports.show_status(console, study)
+    reports.show_status(console, study, last=False)
     reports.show_study(console, study)
 
 

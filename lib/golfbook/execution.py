@@ -32,7 +32,7 @@ from golfbook.files import (
 )
 from golfbook.plan import executed_notebook, notebook_path, stage_finished
 from golfbook.results import digest, rows
-from golfbook.runs import STAGE_NOTEBOOKS, Run, exit_with_parent, open_run
+from golfbook.runs import STAGE_NOTEBOOKS, Run, environment, exit_with_parent, open_run
 
 TRACEBACK_LINES = 12
 SOCKET_PATH = 90  # characters; operating systems allow little more than 100
@@ -87,7 +87,7 @@ def execute_figure(study: str, name: str) -> None:
     """Execute a plotting notebook for a study and note what it was made from in ``figures.<name>.json``."""
     folder = runs_root() / study
     source, target = notebook_path(name), folder / "notebooks" / f"{name}.ipynb"
-    found, notebook = digest(rows(study)), sha256_file(source)
+    found, notebook, code = digest(rows(study)), sha256_file(source), environment()["code_sha256"]
     before = _pictures()
     execute(source, target, {"study": study}).replace(target)
     changed = [path for path, modified in _pictures().items() if before.get(path) != modified]
@@ -96,6 +96,7 @@ def execute_figure(study: str, name: str) -> None:
         {
             "results_sha256": found,
             "notebook_sha256": notebook,
+            "code_sha256": code,
             "outputs": [str(path.relative_to(figures_root())) for path in changed],
         },
     )

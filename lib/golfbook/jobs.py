@@ -33,15 +33,16 @@ from golfbook.execution import (
     note_failure,
     stage_log,
 )
-from golfbook.files import figures_root, project_root, runs_root, sha256_file
+from golfbook.files import figures_root, folders, project_root, sha256_file
 from golfbook.plan import Plan, PlannedRun, notebook_path, plan
 from golfbook.results import collect, digest, is_collected, note_variants, rows
-from golfbook.runs import create_run
+from golfbook.runs import create_run, environment
 
 __all__ = ["Figure", "Progress", "Report", "RunStatus", "collect", "plan", "run"]
 
 POLL_SECONDS = 0.2
 FIGURE_SECONDS = 15.0
+State = Literal["waiting", "running", "done", "failed", "stopped"]
 
 
 @dataclass
@@ -49,7 +50,7 @@ class RunStatus:
     """One run of a job while it is worked on, and how it ended."""
 
     planned: PlannedRun
-    state: Literal["waiting", "running", "done", "failed", "stopped"] = "waiting"
+    state: State = "waiting"
     stage: str = ""
     executed: list[str] = field(default_factory=list)
     finished: set[str] = field(default_factory=set)
@@ -102,16 +103,18 @@ class Report:
         return failed + [figure for figure in self.figures if figure.state == "failed"]
 
 
-def run(plan: Plan, on_progress: Callable[[Progress], None] | None = None) -> Report:
+def run(plan: Plan, on_progress: Callable[[Progress], None] | None = None, *, redraw: bool = False) -> Report:
     """Do what a plan asks for and is not done yet; then collect the results and execute the plotting notebooks.
 
+    ``redraw`` leaves the runs as they are and executes every plotting notebook, also those whose pictures are current.
     ``on_progress`` is called several times a second. Ctrl-C stops what is running, keeps all files and returns a report
     that says so. Raises :class:`RunError` where the runs folder cannot be written; failures of runs are in the report.
     """
     job = _Job(plan, on_progress or (lambda progress: None))
     try:
-        job.execute_runs()
-        job.execute_figures()
+        if not redraw:
+            job.execute_runs()
+        job.execute_figures(redraw)
     except KeyboardInterrupt:
         job.stop()
     return job.report()
@@ -128,18 +131,19 @@ class _Job:
         self.interrupted = False
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.guard = threading.Lock()
+        note_variants(plan)  # first: a run folder whose variant was never noted would look like one made by hand
         for planned in plan.runs:
             create_run(plan.study, planned.variant, planned.config)
-        note_variants(plan)
-        self.statuses = [
-            RunStatus(planned, finished={stage for stage in plan.stages if planned.finished(stage)})
-            for planned in plan.runs
-        ]
+        self.statuses = []
+        for planned in plan.runs:
+            finished = {stage for stage in plan.stages if planned.finished(stage)}
+            state: State = "done" if finished >= set(plan.stages) else "waiting"
+            self.statuses.append(RunStatus(planned, state, finished=finished))
         self.figures = [Figure(name) for name in plan.figures]
         gpus = visible_gpus() if uses_gpu(plan.runs[0].config) else []
         self.slots: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+        count = max(planned.config.train.processes for planned in plan.runs)  # any worker may get the largest run
         for slot in range(plan.workers):
-            count = plan.runs[0].config.train.processes
             self.slots.put([gpus[(slot * count + i) % len(gpus)] for i in range(count)] if gpus else [])
         self.at_start = self._fraction()
         self.planned_seconds = plan.remaining_seconds() + FIGURE_SECONDS * len(plan.figures)
@@ -148,9 +152,7 @@ class _Job:
         """Work through all runs; returns when every one has ended."""
         waiting: queue.SimpleQueue[RunStatus] = queue.SimpleQueue()
         for status in self.statuses:
-            if status.finished >= set(self.plan.stages):
-                status.state = "done"
-            else:
+            if status.state != "done":
                 waiting.put(status)
         count = min(self.plan.workers, waiting.qsize())
         threads = [threading.Thread(target=self._work, args=(waiting,), daemon=True) for _ in range(count)]
@@ -162,8 +164,8 @@ class _Job:
         if count:
             self._tell()
 
-    def execute_figures(self) -> None:
-        """Collect the results, then execute those plotting notebooks whose pictures do not show them yet."""
+    def execute_figures(self, redraw: bool) -> None:
+        """Collect the results, then execute those plotting notebooks whose pictures do not show them yet, or all."""
         study = self.plan.study
         found = rows(study)
         if not is_collected(study, found):
@@ -174,7 +176,7 @@ class _Job:
             figure.outputs = [figures_root() / name for name in record.get("outputs", [])]
             if not finished:
                 figure.state, figure.message = "skipped", "no run has finished"
-            elif self._is_current(figure, record, digest(found)):
+            elif not redraw and self._is_current(figure, record, digest(found)):
                 figure.state = "current"
             else:
                 self._execute_figure(figure)
@@ -299,6 +301,7 @@ class _Job:
         executed = self.plan.folder / "notebooks" / f"{figure.name}.ipynb"
         return (
             record.get("results_sha256") == results
+            and record.get("code_sha256") == environment()["code_sha256"]
             and record.get("notebook_sha256") == sha256_file(notebook_path(figure.name))
             and executed.is_file()
             and all(path.is_file() for path in figure.outputs)
@@ -340,15 +343,14 @@ def _environment(planned: PlannedRun, gpus: list[str]) -> dict[str, str]:
     """Environment of a notebook process: the same folders whatever its working folder is, and the planned threads."""
     threads = str(planned.config.train.threads)
     extra = {
-        "GOLFBOOK_ROOT": str(project_root()),
-        "GOLFBOOK_RUNS": str(runs_root()),
+        **folders(),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "JUPYTER_PREFER_ENV_PATH": "1",  # the python3 kernel of this environment, not one in the home folder
         "PYTHONUNBUFFERED": "1",
     }
     if gpus:
-        extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: planned.config.train.processes])
     return {**os.environ, **extra}
 
 

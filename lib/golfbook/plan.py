@@ -131,6 +131,7 @@ def plan(path: str | Path, *, workers: int | None = None) -> Plan:
         if problems:  # the other seeds would only repeat them
             raise ConfigError(f"{path}: " + "; ".join(problems))
     _refuse_equal_variants(path, runs)
+    _refuse_mixed_devices(path, runs)
     figures = tuple(job.get("figures") or ())
     for stage in job["stages"]:
         check_notebook(STAGE_NOTEBOOKS[stage], STAGE_PARAMETERS)
@@ -209,10 +210,13 @@ def available_cores() -> int:
 
 def _default_workers(made: Plan) -> int:
     """As many runs at a time as cores (or GPUs) and memory allow, and no more than there are runs."""
-    config = made.runs[0].config
-    units = len(visible_gpus()) if uses_gpu(config) else available_cores() // config.train.threads
+    trains = [run.config.train for run in made.runs]
+    if uses_gpu(made.runs[0].config):  # so do all others
+        units = len(visible_gpus()) // max(train.processes for train in trains)
+    else:
+        units = available_cores() // max(train.threads * train.processes for train in trains)
     fits = int(psutil.virtual_memory().available // max(run.estimate.memory_bytes for run in made.runs))
-    return max(1, min(units // config.train.processes, fits, len(made.runs)))
+    return max(1, min(units, fits, len(made.runs)))
 
 
 def _check_shape(job: Mapping[str, Any]) -> list[str]:
@@ -285,6 +289,18 @@ def _refuse_equal_variants(path: Path, runs: list[PlannedRun]) -> None:
         if other != run.variant:
             raise ConfigError(
                 f"{path}: variants '{other}' and '{run.variant}' are the same configuration; remove one or change it"
+            )
+
+
+def _refuse_mixed_devices(path: Path, runs: list[PlannedRun]) -> None:
+    """Workers and their GPUs are counted for the whole job, and numbers of two devices are not compared."""
+    first = runs[0]
+    for run in runs:
+        if uses_gpu(run.config) != uses_gpu(first.config):
+            devices = [f"'{r.variant}' (train.device: {r.config.train.device})" for r in (first, run)]
+            raise ConfigError(
+                f"{path}: variants {devices[0]} and {devices[1]} would train on different kinds of device here, one "
+                "on a GPU and one on the CPU; give all variants the same train.device, or write two job files"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rich.text import Text
 from golfbook.jobs import Progress, Report
 from golfbook.plan import Plan
 from golfbook.results import rows
-from golfbook.runs import STAGES, list_runs
+from golfbook.runs import STAGES, list_runs, skipped_runs
 from golfbook.statistics import describe, spread_text
 
 LINE_SECONDS = 15.0  # between two progress lines where the output is no terminal
@@ -97,9 +97,7 @@ def follow(console: Console) -> Iterator[Any]:
 def show_report(console: Console, report: Report) -> None:
     """Print how a job ended: the table of variants, failures with their cause and log, and where everything is."""
     plan = report.plan
-    show_study(
-        console, plan.study, [run.variant for run in plan.runs], {status.planned.path.name for status in report.runs}
-    )
+    show_study(console, plan.study, [planned.path.name for planned in plan.runs])
     for status in report.runs:
         if status.state == "failed":
             first, *rest = (status.message or "unknown cause").splitlines()
@@ -139,10 +137,14 @@ def show_report(console: Console, report: Report) -> None:
         console.print(f"Done in {duration(report.seconds)}.", style="green")
 
 
-def show_study(console: Console, study: str, order: list[str] | None = None, only: set[str] | None = None) -> None:
-    """Print one line a variant: n, BPB mean ± std, artifact bytes, seconds; then what the numbers are."""
-    found = [row for row in rows(study) if only is None or row["run"] in only]
-    variants = list(dict.fromkeys([*(order or []), *(row["variant"] for row in found)]))
+def show_study(console: Console, study: str, only: Sequence[str] | None = None) -> None:
+    """Print one line a variant: n, BPB mean ± std, artifact bytes, seconds; then what the numbers are.
+
+    ``only`` names the run folders to show, in the order their variants are printed in; default: all of the study.
+    """
+    by_folder = {row["run"]: row for row in rows(study)}
+    found = [by_folder[name] for name in (only or by_folder) if name in by_folder]
+    variants = list(dict.fromkeys(row["variant"] for row in found))
     table = Table(title=f"{study}: bits per byte of held-out text, lower is better", title_justify="left")
     for name, justify in (("variant", "left"), ("n", "right"), ("BPB mean ± std", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -170,11 +172,21 @@ def show_study(console: Console, study: str, order: list[str] | None = None, onl
         console.print(
             "BPB is that of the reloaded artifact under sliding windows, the headline number.", highlight=False
         )
+    if any("@" in variant for variant in variants):
+        console.print(
+            "One name stands for several configurations, told apart by their hash: see variant_hash and config_json in "
+            "the collected table.",
+            highlight=False,
+        )
     _show_context(console, found)
+    _show_skipped(console, study)
 
 
-def show_status(console: Console, study: str) -> None:
-    """Print the state of every run of a study, with the first line of each failure."""
+def show_status(console: Console, study: str, last: bool = True) -> None:
+    """Print the state of every run of a study, with the first line of each failure.
+
+    Unless the table of the study follows (``last`` is false), also how many folders could not be read.
+    """
     table = Table(title=study, title_justify="left")
     for name in ("run", *STAGES):
         table.add_column(name)
@@ -189,6 +201,15 @@ def show_status(console: Console, study: str) -> None:
     console.print(table)
     for failure in failures:
         console.print(Text(failure, style="red"), soft_wrap=True)
+    if last:
+        _show_skipped(console, study)
+
+
+def _show_skipped(console: Console, study: str) -> None:
+    count = len(skipped_runs(study))
+    if count:
+        folders = "run folder of an older version was" if count == 1 else "run folders of an older version were"
+        console.print(f"{count} {folders} passed over.", style="yellow", highlight=False)
 
 
 def _show_context(console: Console, found: list[dict[str, Any]]) -> None:

@@ -7,22 +7,42 @@ gives the same tables.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from golfbook.errors import RunError, nearest
-from golfbook.files import atomic_path, atomic_write_json, canonical_json, runs_root, sha256_bytes
+from golfbook.files import atomic_path, atomic_write_json, canonical_json, project_root, runs_root, sha256_bytes
 from golfbook.plan import Plan, variant_hash
-from golfbook.runs import STAGES, Run, list_runs
+from golfbook.runs import STAGES, Run, list_runs, skipped_runs
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ENVELOPE = ("schema_version", "stage", "status", "preset", "variant", "seed", "config_hash", "reads", "writes")
+ENVELOPE = (
+    "schema_version",
+    "stage",
+    "status",
+    "preset",
+    "variant",
+    "seed",
+    "config_hash",
+    "reads",
+    "writes",
+    "environment",
+)
 PREFIXED = ("val_bpb", "val_loss", "finished_at")  # several stages report them: never without the stage's name
+PROVENANCE = {  # column: key of a result's environment
+    "golfbook_version": "golfbook",
+    "code_sha256": "code_sha256",
+    "git_commit": "git_commit",
+    "git_dirty": "git_dirty",
+    "python_version": "python",
+    "torch_version": "torch",
+    "processor": "processor",
+}
 RECORD = "job.json"
 
 
@@ -32,36 +52,36 @@ def studies() -> list[str]:
 
 
 def current_runs(study: str) -> list[Run]:
-    """Runs of a study, without those of earlier versions of a variant.
+    """Runs of a study, without those of variants that its job file no longer has.
 
-    A job notes which configuration each of its variants has. When a job file is edited, the runs of the old
-    configuration stay on the disk but are no longer part of the study; seeds of the same configuration always are.
+    A job notes which configuration each of its variants has. When a variant of a job file is edited, renamed or
+    removed, its runs stay on the disk but are no longer part of the study; further seeds of a variant are, and so are
+    runs that no job ever had (of notebooks executed by hand). Raises :class:`RunError` where there is no such study.
     """
-    if not (runs_root() / study).is_dir():
-        known = studies()
+    known = studies()
+    if study not in known:  # a name such as '..' is never among them
         raise RunError(f"there is no study '{study}'{nearest(study, known)} (studies: {', '.join(known) or 'none'})")
-    variants = read_record(study).get("variants", {})
-    return [
-        run
-        for run in list_runs(study)
-        if variants.get(run.variant, variant_hash(run.config)) == variant_hash(run.config)
-    ]
+    former = set(read_record(study).get("former", ()))
+    return [run for run in list_runs(study) if _label(run.variant, variant_hash(run.config)) not in former]
 
 
 def rows(study: str) -> list[dict[str, Any]]:
     """One flat mapping a run: identity, state of each stage, results of finished stages, environment.
 
     A result keeps its name (``artifact_bytes``); where stages report different values under one name it is prefixed
-    (``training_val_bpb``). Results of stale or failed stages are left out.
+    (``training_val_bpb``). Results of stale or failed stages are left out. Where one name stands for several
+    configurations, ``variant`` is ``<name>@<variant_hash>``, so that they are never averaged. What made a run (commit,
+    versions, processor) is that of its last finished stage; stages that differ in it have columns of their own.
     """
     runs = current_runs(study)
+    labels = _labels(runs)
     values = [{stage: _values(run, stage) for stage in STAGES} for run in runs]
     prefixed = {*PREFIXED, *(name for results in values for name in _ambiguous(results))}
     found = []
     for run, results in zip(runs, values, strict=True):
         row: dict[str, Any] = {
             "study": study,
-            "variant": run.variant,
+            "variant": labels[run.path],
             "seed": run.config.seed,
             "preset": run.config.preset,
             "config_hash": run.config.hash,
@@ -72,7 +92,10 @@ def rows(study: str) -> list[dict[str, Any]]:
         for stage, result in results.items():
             row[f"{stage}_state"] = run.state(stage)
             row |= {f"{stage}_{name}" if name in prefixed else name: value for name, value in result.items()}
-        found.append({**row, **_environment(run.path / "env.json")})
+        row |= _environment(run.path / "env.json")
+        for result in results.values():
+            row |= {name: value for name, value in result.items() if name in PROVENANCE}
+        found.append(row)
     return sorted(found, key=lambda row: (row["variant"], row["seed"], row["config_hash"]))
 
 
@@ -84,20 +107,28 @@ def digest(found: Iterable[Mapping[str, Any]]) -> str:
 def collect(study: str) -> pd.DataFrame:
     """Write ``results.parquet`` and ``metrics.parquet`` into the folder of a study; return the table of results.
 
-    Raises :class:`RunError` where there is no such study or the disk refuses.
+    Raises :class:`RunError` where there is no such study, where it has no run, or where the disk refuses.
     """
     import pandas as pd
 
     found = rows(study)
+    if not found:
+        raise RunError(
+            f"study '{study}' has no run to collect ({len(skipped_runs(study))} run folders of an older version were "
+            "passed over)"
+        )
+    keys = ("variant", "seed", "run", "config_hash")
+    identities = {row["run"]: {key: row[key] for key in keys} for row in found}
     points = [
-        {"variant": run.variant, "seed": run.config.seed, "run": run.path.name, "config_hash": run.config.hash, **point}
+        {**identities[run.path.name], **point}
         for run in current_runs(study)
+        if run.path.name in identities
         for point in run.read_metrics()
     ]
     for name, table in (("results", found), ("metrics", points)):
         with atomic_path(runs_root() / study / f"{name}.parquet") as path:
             pd.DataFrame(table).to_parquet(path, index=False)
-    update_record(study, results_sha256=digest(found))
+    update_record(study, lambda record: {**record, "results_sha256": digest(found)})
     return pd.DataFrame(found)
 
 
@@ -108,7 +139,9 @@ def is_collected(study: str, found: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def read_record(study: str) -> dict[str, Any]:
-    """What jobs have noted about a study: the configuration of each variant and the hash of the last collection."""
+    """What jobs have noted about a study: the variants of each job file, those it had before (``former``), and the
+    hash of the last collection.
+    """
     try:
         value = json.loads((runs_root() / study / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -116,8 +149,8 @@ def read_record(study: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def update_record(study: str, **values: Any) -> None:
-    """Change keys of a study's record; mappings are merged, so that several job files can share a study."""
+def update_record(study: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace the record of a study by what ``change`` makes of it, one process at a time."""
     folder = runs_root() / study
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,18 +160,44 @@ def update_record(study: str, **values: Any) -> None:
         raise RunError(f"cannot write to {folder}: {error.strerror or error}; check space and permissions") from error
     try:
         before = read_record(study)
-        record = dict(before)
-        for key, value in values.items():
-            record[key] = {**record.get(key, {}), **value} if isinstance(value, Mapping) else value
-        if record != before:
-            atomic_write_json(folder / RECORD, record)
+        after = change(before)
+        if after != before:
+            atomic_write_json(folder / RECORD, after)
     finally:
         lock.release()
 
 
 def note_variants(plan: Plan) -> None:
-    """Note which configuration each variant of a job has, for :func:`current_runs`."""
-    update_record(plan.study, variants={run.variant: variant_hash(run.config) for run in plan.runs})
+    """Note which configuration each variant of a job has, and which it no longer has, for :func:`current_runs`.
+
+    Several job files may share a study: a variant is former only when no job file has it any more.
+    """
+    source = str(plan.source)
+    if plan.source.is_relative_to(project_root()):
+        source = str(plan.source.relative_to(project_root()))
+    mine = sorted({_label(run.variant, variant_hash(run.config)) for run in plan.runs})
+
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        jobs = {**record.get("jobs", {}), source: mine}
+        before = {*record.get("former", ()), *record.get("jobs", {}).get(source, ())}
+        return {**record, "jobs": jobs, "former": sorted(before.difference(*jobs.values()))}
+
+    update_record(plan.study, change)
+
+
+def _label(variant: str, configuration: str) -> str:
+    return f"{variant}@{configuration}"
+
+
+def _labels(runs: Iterable[Run]) -> dict[Path, str]:
+    """The name of each run's variant; with its hash where the same name stands for several configurations."""
+    hashes: dict[str, set[str]] = {}
+    for run in runs:
+        hashes.setdefault(run.variant, set()).add(variant_hash(run.config))
+    return {
+        run.path: run.variant if len(hashes[run.variant]) == 1 else _label(run.variant, variant_hash(run.config))
+        for run in runs
+    }
 
 
 def _ambiguous(results: Mapping[str, Mapping[str, Any]]) -> set[str]:
@@ -153,6 +212,8 @@ def _values(run: Run, stage: str) -> dict[str, Any]:
     if result is None or not run.is_done(stage):
         return {}
     values = {name: value for name, value in result.items() if name not in ENVELOPE}
+    made_by = result.get("environment") or {}
+    values |= {column: made_by[key] for column, key in PROVENANCE.items() if key in made_by}
     return {name: canonical_json(v) if isinstance(v, dict | list) else v for name, v in values.items()}
 
 
@@ -162,12 +223,5 @@ def _environment(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     packages = env.get("packages") or {}
-    return {
-        "golfbook_version": env.get("golfbook"),
-        "git_commit": env.get("git_commit"),
-        "git_dirty": env.get("git_dirty"),
-        "python_version": env.get("python"),
-        "torch_version": packages.get("torch"),
-        "processor": env.get("processor"),
-        "cores": env.get("cores"),
-    }
+    known = {**env, "torch": packages.get("torch")}
+    return {column: known.get(key) for column, key in PROVENANCE.items()} | {"cores": env.get("cores")}
