@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from golfbook import cli, costs
+from golfbook import cli, costs, layers
 from golfbook.config import ModelConfig, load_config, preset_names
 from golfbook.model import GPT, initialise, parameter_table
 from golfbook.scoring import plan_windows, score
@@ -97,8 +99,12 @@ def test_scoring_counts_what_the_scorer_computes():
 
 
 @pytest.mark.parametrize("preset", ["pr1166_e2e_ttt_flow", "pr1170_nfm", "pr1406"])
-def test_saved_bytes_are_what_a_real_step_saves(preset):
+def test_saved_bytes_are_what_a_real_step_saves(preset, monkeypatch):
     model, rows, length = tiny(preset, **{"model.canon.last_n": 1, "model.depth_gate": True}), 2, 48
+    estimate = costs.saved_bytes(model, rows, length)
+    # with torch's fused attention, which is what the estimate stands for; the blocked one of CPUs keeps its weights
+    fused = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    monkeypatch.setattr(layers, "causal_attention", fused)
     network = initialise(GPT(model), 1)
     tokens = torch.arange(rows * length).view(rows, length) % model.vocab_size
     kept = {}
@@ -112,7 +118,7 @@ def test_saved_bytes_are_what_a_real_step_saves(preset):
     own = {p.untyped_storage().data_ptr() for p in network.parameters()} | {tokens.untyped_storage().data_ptr()}
     real = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
     assert loss.isfinite()
-    assert costs.saved_bytes(model, rows, length) == pytest.approx(real, rel=0.002)
+    assert estimate == pytest.approx(real, rel=0.002)
 
 
 def test_activation_memory_grows_with_tokens():
@@ -158,11 +164,11 @@ def test_step_times_against_the_published_ones(published, preset, variant, gpu, 
 
 @pytest.mark.parametrize(("preset", "variant"), [(row[0], row[1]) for row in STEPS])
 def test_activation_memory_against_the_published_peaks(published, preset, variant):
-    """The published peak holds weights and optimiser too and was compiled; unfused code keeps 15 to 40 % more."""
+    """The published peak holds weights, optimiser and logits too: activations are most of it, and less than all."""
     peak = published.loc[published["variant"] == variant, "peak_mem_mib"].mean() * 2**20
     ratio = costs.activation_bytes(load_config(preset).model, costs.MICRO_BATCH_TOKENS) / peak
     print(f"{preset}: {ratio - 1:+.0%}")
-    assert 1.1 < ratio < 1.4
+    assert 0.8 < ratio < 1.0
 
 
 @pytest.mark.parametrize(
