@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import pytest
+import yaml
 
 from fixture_project import Project, notebook
 from golfbook import estimates
@@ -237,6 +239,21 @@ def test_the_folder_is_named_by_the_hash(project: Project) -> None:
     assert run.path == project.runs / "small" / f"xsa-s1-{run.config.hash}"
     with pytest.raises(RunError, match="unknown stage"):
         run.run.state("plotting")
+
+
+def test_committed_figure_and_results_are_those_of_the_shipped_job() -> None:
+    job = yaml.safe_load((ROOT / "papermill_jobs" / "quickstart.yaml").read_text(encoding="utf-8"))
+    wanted = {(variant, seed) for variant in job["variants"] for seed in job["seeds"]}
+    reference = pd.read_csv(ROOT / "runs" / "reference" / "quickstart" / "results.csv")
+    plotted = pd.read_csv(ROOT / "figures" / "quickstart_seeds.csv")
+    for table, column in ((reference, "test_time_training_val_bpb"), (plotted, "val_bpb")):
+        assert set(zip(table["variant"], table["seed"], strict=True)) == wanted
+        assert (table[column] < 0.7 * reference["unigram_bpb"].iloc[0]).all()
+    merged = plotted.merge(reference, on=["variant", "seed"])
+    assert (merged["val_bpb"] - merged["test_time_training_val_bpb"]).abs().max() < 1e-6
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for variant, rows in reference.groupby("variant"):
+        assert f"│ {variant} " in readme and f"{rows['test_time_training_val_bpb'].mean():.4f}" in readme
 
 
 def test_scale_shrinks_the_preset_and_is_checked(project: Project) -> None:
