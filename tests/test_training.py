@@ -122,8 +122,8 @@ def workers(run: Run) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("victim", ["worker", "launcher"])
 def test_killed_trainer_is_reported_and_resumes_to_the_same_weights(corpus_file, victim):
-    whole = train_here(make_run(corpus_file, "whole", **{"train.steps": 40}))
-    run = make_run(corpus_file, "killed", **{"train.steps": 40})
+    whole = train_here(make_run(corpus_file, "whole", **{"train.steps": 300}))
+    run = make_run(corpus_file, "killed", **{"train.steps": 300})
     launcher.launch(run)
     deadline = time.monotonic() + 60
     while not run.checkpoint_path.exists():
@@ -133,18 +133,30 @@ def test_killed_trainer_is_reported_and_resumes_to_the_same_weights(corpus_file,
     targets = agent.children(recursive=True) if victim == "worker" else [agent]
     for process in targets:
         os.kill(process.pid, signal.SIGKILL)
-    if not run.is_done("training"):
-        with pytest.raises(RunError, match="run it again to resume"):
-            launcher.follow(run, poll=0.05)
+    with pytest.raises(RunError, match="run it again to resume"):  # 300 steps outlast the half second to notice
+        launcher.follow(run, poll=0.05)
     assert not launcher.is_running(run)
     launcher.launch(run)
     updates: list[int] = []
     result = launcher.follow(run, on_update=lambda points: updates.append(len(points)), poll=0.05)
-    assert result["steps"] == 40
+    assert result["steps"] == 300
     assert updates
     assert same(load_file(run.checkpoint_path), whole)
     assert launcher.follow(run) == result  # re-attaching to a finished run reads its result
     assert not workers(run)
+
+
+def test_a_trainer_found_dying_is_started_again(corpus_file, monkeypatch):
+    run, launch = make_run(corpus_file, "dying"), launcher.launch
+    calls: list[bool] = []
+
+    def first_attaches(run: Run) -> bool:
+        calls.append(bool(calls) and launch(run))
+        return calls[-1]
+
+    monkeypatch.setattr(launcher, "launch", first_attaches)
+    assert stages.run_training(run)["steps"] == 12
+    assert calls == [False, True]
 
 
 def test_two_processes_take_the_same_steps_as_one(corpus_file):

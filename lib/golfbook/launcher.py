@@ -34,11 +34,11 @@ def is_running(run: Run) -> bool:
     return run.is_locked("trainer")
 
 
-def launch(run: Run) -> None:
-    """Start the trainer in a session of its own, unless one is alive or the stage is done; returns at once."""
+def launch(run: Run) -> bool:
+    """Start the trainer in a session of its own, unless one is alive or the stage is done; whether it did. No wait."""
     with run.lock("launch", timeout=60):
         if run.is_done("training") or is_running(run):
-            return
+            return False
         if run.state("training") != "missing":
             run.result_path("training").unlink(missing_ok=True)
         train = run.config.train
@@ -55,6 +55,7 @@ def launch(run: Run) -> None:
             raise RunError(f"cannot start the trainer of {run.name}: {error}") from error
         note = {"pid": process.pid, "created": psutil.Process(process.pid).create_time()}
         atomic_write_json(run.path / "trainer.json", note)
+    return True
 
 
 def follow(run: Run, on_update: Update | None = None, poll: float = 0.5) -> dict[str, Any]:

@@ -26,7 +26,14 @@ def run_training(run: Run, on_update: launcher.Update | None = None) -> dict[str
 
     require_same_data(run, corpus.prepare(run.config))
     if not run.is_done("training"):  # no lock: any number of watchers may follow one trainer
-        launcher.launch(run)
+        started = launcher.launch(run)
+        try:
+            return launcher.follow(run, on_update)
+        except RunError:
+            failed = (run.read_result("training") or {}).get("status") == "failed"
+            if started or failed:
+                raise
+        launcher.launch(run)  # the trainer found alive had just been killed and was on its way out: resume it
         return launcher.follow(run, on_update)
     return _result(run, "training")
 
