@@ -144,7 +144,7 @@ def train_one_step(config: ModelConfig) -> None:
             assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
     train = load_config("quickstart").train
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for optimizer in make_optimizers(model, train):
+    for optimizer in make_optimizers(model, train).values():
         optimizer.step()
     for name, parameter in model.named_parameters():
         assert parameter.isfinite().all() and (name in unused(config) or not torch.equal(parameter, before[name])), name

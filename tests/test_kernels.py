@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from golfbook import kernels
+from golfbook.attention import causal_attention
 
 
 def compare(ours, plain, *inputs: torch.Tensor, atol: float = 1e-10) -> None:
@@ -36,28 +37,60 @@ def test_squared_leaky_relu(slope):
     compare(lambda x: kernels.squared_leaky_relu(x, slope), lambda x: F.leaky_relu(x, slope) ** 2, values(5, 7))
 
 
-def masked_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    group, time = q.size(1) // k.size(1), q.size(2)
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.mT / q.size(-1) ** 0.5
-    allowed = torch.ones(time, time, dtype=torch.bool).tril()
-    return scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ v
+def test_mix_and_add_scaled():
+    x, y, weights = values(2, 3, 8), values(2, 3, 8, seed=1), values(2, 8, seed=2)
+    compare(kernels.mix, lambda x, y, w: w[0] * x + w[1] * y, x, y, weights)
+    compare(kernels.add_scaled, lambda x, s, y: x + s * y, x, values(8, seed=3), y)
 
 
-@pytest.mark.parametrize("time", [1, 5, 8, 16, 23])
-def test_blocked_attention_equals_the_masked_reference(time, monkeypatch):
-    monkeypatch.setattr(kernels, "QUERY_BLOCK", 8)
-    compare(kernels.causal_attention, masked_reference, values(2, 4, time, 6), values(2, 2, time, 6, seed=1),
-            values(2, 2, time, 6, seed=2))  # fmt: skip
-    plain = F.scaled_dot_product_attention
-    q, k, v = values(2, 4, time, 6), values(2, 2, time, 6, seed=1), values(2, 2, time, 6, seed=2)
-    torch.testing.assert_close(kernels.causal_attention(q, k, v), plain(q, k, v, is_causal=True, enable_gqa=True))
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    cos, sin, half = cos[:, None], sin[:, None], cos.size(-1)
+    a, b = x[..., :half], x[..., half : 2 * half]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, x[..., 2 * half :]), dim=-1)
+
+
+@pytest.mark.parametrize("rotated_dims", [4, 10])
+def test_normed_heads(rotated_dims):
+    angles = torch.outer(torch.arange(5.0), torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01])[: rotated_dims // 2]).double()
+    cos, sin = angles.cos(), angles.sin()
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return rotated(F.rms_norm(x, (10,), eps=kernels.RMS_EPS), cos, sin)
+
+    x, gain = values(2, 5, 3, 10), values(3, seed=1)
+    compare(lambda x: kernels.normed_heads(x, cos, sin), plain, x)
+    compare(lambda x, g: kernels.normed_heads(x, cos, sin, g), lambda x, g: plain(x) * g[:, None], x, gain)
+
+
+def test_remove_own_value():
+    def plain(y: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        direction = F.normalize(v, dim=-1).repeat_interleave(2, 2)
+        return y - (y * direction).sum(-1, keepdim=True) * direction
+
+    compare(kernels.remove_own_value, plain, values(2, 3, 4, 6), values(2, 3, 2, 6, seed=1))
+    y, v = values(1, 1, 2, 6), torch.zeros(1, 1, 1, 6, dtype=torch.float64)
+    assert torch.equal(kernels.remove_own_value(y, v), y)
+
+
+def test_inputs_are_left_alone():
+    """Views are cheap, so a kernel that works in place could change what it was given."""
+    q, k, v = (values(1, 1, 7, 6, seed=s) for s in range(3))
+    before = [x.detach().clone() for x in (q, k, v)]
+    causal_attention(q, k, v, "blocked").sum().backward()
+    x = values(2, 5, 3, 10)
+    kept, table = x.detach().clone(), torch.ones(5, 2, dtype=torch.float64)
+    kernels.normed_heads(x, table, table).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip((q, k, v, x), (*before, kept), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_are_kept(dtype):
     x = values(2, 3, 8).detach().to(dtype).requires_grad_()
-    for out in (kernels.rms_norm(x, 0.7), kernels.squared_leaky_relu(x, 0.5)):
+    channel, table, heads = torch.rand(2, 8), torch.rand(3, 2), x.view(2, 3, 2, 4)
+    outputs = [kernels.rms_norm(x, 0.7), kernels.squared_leaky_relu(x, 0.5), kernels.mix(x, x, channel)]
+    outputs += [kernels.add_scaled(x, channel[0], x), kernels.normed_heads(heads, table, table, channel[0, :2])]
+    outputs += [kernels.remove_own_value(heads, heads[:, :, :1])]
+    for out in outputs:
         assert out.dtype == dtype
-        (gradient,) = torch.autograd.grad(out.sum(), x)
+        (gradient,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
         assert gradient.dtype == dtype

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from golfbook.config import ModelConfig, load_config
-from golfbook.kernels import rms_norm
-from golfbook.layers import BigramHash, Canon, SmearGate, apply_rope, exclusive_attention, rope_tables
+from golfbook.kernels import normed_heads, remove_own_value, rms_norm
+from golfbook.layers import BigramHash, Canon, SmearGate, rope_tables
 from golfbook.model import GPT, exported, exported_state, initialise, parameter_table
 from reference import fill_hashed, hashed_batch, hashed_tokens, sine, uniform
 
@@ -167,15 +167,15 @@ def test_rope_matches_published_angles_and_keeps_lengths():
         cos, sin = rope_tables(length, 16, 10000.0, 1024, torch.device("cpu"))
         torch.testing.assert_close(cos[3], torch.tensor(expected), atol=1e-5, rtol=0)
         x = torch.randn(1, length, 2, 64, generator=torch.Generator().manual_seed(0))
-        rotated = apply_rope(x, cos, sin)
-        torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
-        assert torch.equal(rotated[..., 16:], x[..., 16:])
+        rotated, normed = normed_heads(x, cos, sin), rms_norm(x)
+        torch.testing.assert_close(rotated.norm(dim=-1), normed.norm(dim=-1))
+        assert torch.equal(rotated[..., 16:], normed[..., 16:])
 
 
 def test_exclusive_attention_against_a_loop():
     generator = torch.Generator().manual_seed(0)
     y, v = torch.randn(2, 3, 4, 8, generator=generator), torch.randn(2, 3, 2, 8, generator=generator)
-    out = exclusive_attention(y, v)
+    out = remove_own_value(y, v)
     for b in range(2):
         for t in range(3):
             for h in range(4):

@@ -269,8 +269,8 @@ def test_three_published_training_steps_of_a_tiny_model(system):
         model.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3).item())
-        optimizers[0].param_groups[0]["momentum"] = muon_momentum(step, config)
-        for optimizer in optimizers:
+        optimizers["muon"].param_groups[0]["momentum"] = muon_momentum(step, config)
+        for optimizer in optimizers.values():
             optimizer.step()
     assert losses == pytest.approx(expected_losses, abs=2e-5)
     assert norms == pytest.approx(expected_norms, abs=2e-5)

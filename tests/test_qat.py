@@ -128,7 +128,7 @@ def test_training_steps_update_the_real_weights():
     """Small steps that quantisation would round away add up, because the optimiser sees the real weights."""
     model, config = tiny(), RULES["default"]  # the floor makes a grid of 1/31
     before = copy.deepcopy(model.state_dict())
-    muon, adam = make_optimizers(model, CONFIG.train)
+    muon, adam = make_optimizers(model, CONFIG.train).values()
     for group in (*muon.param_groups, *adam.param_groups):
         group["lr"] = 1e-4
     with fake_quantized(model, config):

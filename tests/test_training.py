@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import re
 import resource
 import signal
 import time
@@ -243,16 +245,47 @@ def test_the_clock_ends_training(corpus_file):
     assert stages.run_training(run) == result
 
 
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(corpus_file):
-    run = make_run(
-        corpus_file, "diverges", **{"train.embed_lr": 1e38, "train.grad_clip": 0, "train.checkpoint_every": 1}
-    )
+def test_divergence_names_the_tensor_and_keeps_the_last_good_checkpoint(corpus_file, monkeypatch):
+    """A rate that is huge from step 6 on: the checkpoint of step 6 is the last one with finite weights."""
+    monkeypatch.setattr(training, "lr_scale", lambda step, *_: 1e41 if step >= 6 else 1.0)
+    run = make_run(corpus_file, "diverges", **{"train.grad_clip": 0, "train.checkpoint_every": 1})
     assert training.main([str(run.path)]) == 2
-    result = run.read_result("training")
-    assert result["status"] == "failed"
-    assert "loss is nan" in result["message"] and "train.matrix_lr" in result["message"]
-    if run.checkpoint_path.exists():
-        assert np.isfinite(read_progress(run.checkpoint_path)["train_loss"])
+    message = run.read_result("training")["message"]
+    assert re.search(r"not finite after step 7: weight \w+.* \([\d,]+ of [\d,]+ values\)", message)
+    assert "the checkpoint of step 6 is kept" in message and "train.matrix_lr" in message
+    kept = load_file(run.checkpoint_path)
+    assert all(t.isfinite().all() for name, t in kept.items() if name.startswith("model/"))
+    assert read_progress(run.checkpoint_path)["step"] == 6
+    monkeypatch.undo()
+    assert train_here(run) and run.is_done("training")  # a sane rate goes on from there
+
+
+@pytest.mark.parametrize(
+    ("spoil", "culprit"),
+    [
+        (
+            lambda model: model.blocks[1].mlp.fc.weight.data.view(-1)[3:5].fill_(math.nan),
+            r"blocks.1.mlp.fc.weight \(2 ",
+        ),
+        (lambda model: model.blocks[1].attn.c_v.weight.fill_(1e38), "output of blocks.1.attn.c_v"),
+        (
+            lambda model: model.blocks[2].attn.proj.weight.register_hook(lambda g: g * math.inf),
+            "gradient of blocks.2.attn.proj.weight",
+        ),
+    ],
+    ids=["weight", "activation", "gradient"],
+)
+def test_a_step_that_is_not_finite_touches_nothing_and_names_the_first_tensor(corpus_file, spoil, culprit):
+    trainer = training.Trainer(make_run(corpus_file, "spoilt"), 0, 1)
+    trainer.train_step()
+    with torch.no_grad():
+        spoil(trainer.model)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(RunError, match=f"step 0 the norm of the gradient is (nan|inf); not finite first: .*{culprit}"):
+        trainer.train_step()
+    trainer.loader.close()
+    after = trainer.model.state_dict()
+    assert all(torch.equal(before[n].nan_to_num(7), after[n].nan_to_num(7)) for n in before)
 
 
 def test_full_disk_is_named_and_keeps_the_old_checkpoint(corpus_file):

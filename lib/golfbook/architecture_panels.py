@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from golfbook import architecture_figures, costs
+from golfbook.attention import causal_attention
 from golfbook.config import Config, ModelConfig, load_config
 from golfbook.figures import Picture
-from golfbook.kernels import causal_attention
-from golfbook.layers import exclusive_attention
+from golfbook.kernels import remove_own_value
 from golfbook.model import GPT, parameter_table
 from golfbook.panels import Choice, Panel, Slider, Switch
 from golfbook.statistics import paired_difference
@@ -98,7 +98,7 @@ def _look(model: ModelConfig, layer: int, q: Tensor, k: Tensor, v: Tensor, y: Te
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     outputs, values = y.transpose(1, 2), v.transpose(1, 2)
-    passed = exclusive_attention(outputs, values) if layer in model.xsa_layers else outputs
+    passed = remove_own_value(outputs, values) if layer in model.xsa_layers else outputs
     own = values.repeat_interleave(group, 2)
     scale = outputs.norm(dim=-1) * own.norm(dim=-1)
     before, after = ((x * own).sum(-1) / scale.clamp_min(1e-12) for x in (outputs, passed))

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from golfbook.attention import causal_attention
 from golfbook.config import Config, ModelConfig, QuantizeConfig
-from golfbook.kernels import causal_attention
 from golfbook.model import GPT, exported
 from golfbook.quantization import route
 from golfbook.scan import GROUP

@@ -1,29 +1,27 @@
-"""Fused element-wise maths and blocked attention: the same formulae as in :mod:`golfbook.layers`, fewer passes.
+"""Fused element-wise maths: the same formulae as in :mod:`golfbook.layers`, in fewer passes over memory.
 
 Autograd's own backward of a composed formula keeps every intermediate and walks over memory once for each of them; at
 the sizes of this workbook that costs as much as the matrix products. Each function here has a backward pass written by
-hand and a test against the plain formula.
+hand and a test against the plain formula. Statistics are float32, or float64 for float64; factors that belong to a row
+or a channel are rounded to the dtype of the stream before they multiply it, because passes over two dtypes are slow.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 RMS_EPS = torch.finfo(torch.float32).eps
-QUERY_BLOCK = 64  # query rows of one block on a CPU: what lies above the diagonal is skipped block by block
 
 
 def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
     """``scale * x / sqrt(mean(x^2) + eps)`` over the last axis, no gain, eps = 2^-23; keeps the dtype of ``x``.
 
     The dtype is pinned because torch 2.12 moved its own ``rms_norm`` to autocast's float32 list; the published runs
-    used older releases, where a bfloat16 stream stays bfloat16. Statistics are float32.
+    used older releases, where a bfloat16 stream stays bfloat16.
     """
     return _RMSNorm.apply(x, scale)
 
@@ -33,46 +31,58 @@ def squared_leaky_relu(x: Tensor, slope: float) -> Tensor:
     return _SquaredLeakyReLU.apply(x, slope)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of each position over itself and those before, scale 1/sqrt(d).
+def mix(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """``weights[0] * x + weights[1] * y`` with one weight a channel: ``x``, ``y`` (..., D), ``weights`` (2, D)."""
+    return _Mix.apply(x, y, weights)
 
-    ``q`` is (B, H, T, d), ``k`` and ``v`` are (B, K, T, d) with H a multiple of K; returns (B, H, T, d). On a GPU this
-    is torch's fused kernel. On a CPU the queries go through in blocks of plain matrix products: torch's CPU kernel is
-    slower than that for short sequences, above all in bfloat16.
+
+def add_scaled(x: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+    """``x + scale * y`` with one scale a channel: ``x``, ``y`` (..., D) of one dtype, ``scale`` (D,)."""
+    return _AddScaled.apply(x, scale, y)
+
+
+def normed_heads(x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None) -> Tensor:
+    """``gain * rotate(rms_norm(x))`` of heads ``x`` (B, T, H, d): queries and keys of attention (PR 1166 section 5).
+
+    ``cos`` and ``sin`` (T, R/2) rotate the first R dimensions in the half-split layout by minus the angle: ``a' = a cos
+    + b sin``, ``b' = b cos - a sin``. ``gain`` (H,) has one factor a head.
     """
-    if has_torch_function((q, k, v)):  # so that a TorchFunctionMode can watch attention whatever computes it
-        return handle_torch_function(causal_attention, (q, k, v), q, k, v)
-    if q.is_cuda or q.is_meta:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    batch, heads, time, width = q.shape
-    groups = k.size(1)
-    queries = (q * width**-0.5).view(batch, groups, heads // groups, time, width)
-    outputs = []
-    for start in range(0, time, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, time)
-        block = queries[:, :, :, start:stop].flatten(2, 3)
-        scores = (block @ k[:, :, :stop].mT).unflatten(2, (-1, stop - start))
-        mask = _mask(start, stop, scores.dtype, scores.device)
-        weights = (scores + mask).softmax(-1).flatten(2, 3)
-        outputs.append((weights @ v[:, :, :stop]).unflatten(2, (-1, stop - start)))
-    return torch.cat(outputs, dim=3).view(batch, heads, time, width)
+    return _NormedHeads.apply(x, cos, sin, gain)
 
 
-@functools.lru_cache(maxsize=256)
-def _mask(start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        mask = torch.full((stop - start, stop), float("-inf"), dtype=dtype, device=device)
-        return mask.triu_(start + 1)
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """``y - (y . v) v / (v . v)``: exclusive self-attention (XSA, PR 1166 section 5 step 8).
+
+    ``y`` is (B, T, H, d), ``v`` (B, T, K, d); query head h belongs to value head h // (H/K).
+    """
+    return _RemoveOwnValue.apply(y, v)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _inverse_rms(x: Tensor) -> Tensor:
+    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x.dtype))
+    return inverse.square_().div_(x.size(-1)).add_(RMS_EPS).rsqrt_()
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Sums of products over the last axis, kept as an axis of 1, in the wide dtype."""
+    return (x * y).sum(-1, keepdim=True, dtype=_wide(x.dtype))
+
+
+def _by_channel(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
+    """Sums of products over all axes but the last, shaped and typed as ``like``."""
+    return (x * y).flatten(0, -2).sum(0, dtype=_wide(x.dtype)).to(like.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, scale = inputs
-        wide = torch.promote_types(x.dtype, torch.float32)
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        inverse = inverse.square_().div_(x.size(-1)).add_(RMS_EPS).rsqrt_()
-        normed = torch.mul(x, inverse, out=torch.empty_like(x))
+        inverse = _inverse_rms(x)
+        normed = x * inverse.to(x.dtype)
         ctx.scale = scale
         ctx.save_for_backward(normed, inverse)
         return normed if scale == 1.0 else normed * scale
@@ -81,8 +91,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         normed, inverse = ctx.saved_tensors
         g = gradients[0]
-        dot = (g * normed).mean(-1, keepdim=True, dtype=inverse.dtype).to(g.dtype)
-        return torch.addcmul(g, normed, dot, value=-1.0).mul_((inverse * ctx.scale).to(g.dtype)), None
+        mean = _dot(g, normed).div_(g.size(-1)).to(g.dtype)
+        return torch.addcmul(g, normed, mean, value=-1.0).mul_((inverse * ctx.scale).to(g.dtype)), None
 
 
 class _SquaredLeakyReLU(torch.autograd.Function):
@@ -96,4 +106,92 @@ class _SquaredLeakyReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return F.leaky_relu(x, ctx.slope * ctx.slope).mul_(2.0).mul_(gradients[0]), None
+        return F.leaky_relu(x, ctx.slope * ctx.slope).mul_(gradients[0]).mul_(2.0), None
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        x, y, weights = inputs
+        ctx.save_for_backward(x, y, weights)
+        first, second = weights.to(x.dtype)
+        return (x * first).addcmul_(y, second)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, y, weights = ctx.saved_tensors
+        g = gradients[0]
+        first, second = weights.to(g.dtype)
+        return g * first, g * second, torch.stack((_by_channel(g, x, weights), _by_channel(g, y, weights)))
+
+
+class _AddScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        x, scale, y = inputs
+        ctx.save_for_backward(scale, y)
+        return torch.addcmul(x, y, scale.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale, y = ctx.saved_tensors
+        g = gradients[0]
+        return g, _by_channel(g, y, scale), g * scale.to(g.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate the first dimensions of ``x`` (B, T, H, d) by minus the angle, in place: ``x cos + (b, -a) sin``."""
+    half = cos.size(-1)
+    turned = x[..., : 2 * half]
+    swapped = torch.cat((turned[..., half:], -turned[..., :half]), dim=-1)
+    cos, sin = (torch.cat((t, t), dim=-1)[:, None].to(x.dtype) for t in (cos, sin))
+    turned.mul_(cos).addcmul_(swapped, sin)
+
+
+class _NormedHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, cos, sin, gain = inputs
+        inverse = _inverse_rms(x)
+        factor = (inverse if gain is None else inverse * gain[:, None]).to(x.dtype)
+        ctx.has_gain = gain is not None
+        ctx.save_for_backward(x, cos, sin, inverse, *(() if gain is None else (gain,)))
+        y = x * factor
+        _rotate(y, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
+        x, cos, sin, inverse, *rest = ctx.saved_tensors
+        g = gradients[0].clone(memory_format=torch.contiguous_format)
+        _rotate(g, cos, -sin)
+        gain = rest[0][:, None] if ctx.has_gain else 1.0
+        dot = _dot(g, x).mul_(inverse)  # with the normed heads
+        along = (inverse.square() * dot).mul_(gain).div_(-x.size(-1)).to(g.dtype)
+        d_x = g.mul_((inverse * gain).to(g.dtype)).addcmul_(x, along)
+        return d_x, None, None, dot.sum((0, 1, 3)).to(rest[0].dtype) if ctx.has_gain else None
+
+
+class _RemoveOwnValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        y, v = inputs
+        batch, time, heads, width = y.shape
+        v = v.unsqueeze(3)
+        y = y.view(batch, time, v.size(2), -1, width)
+        inverse = torch.linalg.vector_norm(v, dim=-1, keepdim=True, dtype=_wide(v.dtype)).clamp_min_(1e-12)
+        inverse = inverse.square_().reciprocal_()
+        share = (_dot(y, v) * inverse).to(y.dtype)
+        out = torch.addcmul(y, share, v, value=-1.0).view(batch, time, heads, width)
+        ctx.save_for_backward(out, v, inverse, share)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        out, v, inverse, share = ctx.saved_tensors
+        g = gradients[0].reshape(*v.shape[:3], -1, v.size(-1))
+        along = (_dot(g, v) * inverse).to(g.dtype)
+        d_y = torch.addcmul(g, along, v, value=-1.0)
+        pulled = (share * g).addcmul_(along, out.view_as(g)).sum(3)
+        d_v = torch.addcmul(pulled.neg_(), (share * along).sum(3), v.squeeze(3))
+        return d_y.view_as(out), d_v

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from golfbook.errors import RunError
-from golfbook.files import atomic_write_json, folders, project_root
+from golfbook.files import atomic_write_json, cache_root, folders, project_root
 from golfbook.runs import Run
 
 Update = Callable[[list[dict[str, Any]]], None]
@@ -44,12 +44,13 @@ def launch(run: Run) -> bool:
         train = run.config.train
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
         command += [f"--nproc-per-node={train.processes}", "-m", "golfbook.training", str(run.path)]
+        folders_ = {**folders(), "TORCHINDUCTOR_CACHE_DIR": str(cache_root() / "inductor")}  # shared between runs
         threads = {"OMP_NUM_THREADS": str(train.threads), "MKL_NUM_THREADS": str(train.threads)}
         try:
             with run.log_path.open("ab") as log:
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                    cwd=project_root(), env={**os.environ, **folders(), **threads},
+                    cwd=project_root(), env={**os.environ, **folders_, **threads},
                 )  # fmt: skip
         except OSError as error:
             raise RunError(f"cannot start the trainer of {run.name}: {error}") from error

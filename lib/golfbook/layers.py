@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from golfbook.attention import Backend, causal_attention
 from golfbook.config import ModelConfig
-from golfbook.kernels import causal_attention, rms_norm, squared_leaky_relu
+from golfbook.kernels import add_scaled, mix, normed_heads, remove_own_value, rms_norm, squared_leaky_relu
 
 
 @functools.lru_cache(maxsize=16)
@@ -32,28 +33,6 @@ def rope_tables(length: int, dims: int, base: float, train_length: int, device: 
         return angles.cos(), angles.sin()
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first ``2 * cos.size(-1)`` dimensions of ``x`` (B, T, heads, d); the others pass through.
-
-    Half-split layout, rotation by minus the angle: ``a' = a cos + b sin``, ``b' = b cos - a sin``.
-    """
-    half = cos.size(-1)
-    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
-    a, b = x[..., :half], x[..., half : 2 * half]
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, x[..., 2 * half :]), dim=-1)
-
-
-def exclusive_attention(y: Tensor, v: Tensor) -> Tensor:
-    """Remove from each head's output its component along the token's own value (XSA, PR 1166 section 5 step 8).
-
-    ``y`` is (B, T, H, d), ``v`` (B, T, K, d); query head h belongs to value head h // (H/K).
-    """
-    batch, time, kv_heads, width = v.shape
-    y = y.view(batch, time, kv_heads, -1, width)
-    direction = F.normalize(v, dim=-1, eps=1e-12).unsqueeze(-2)
-    return (y - (y * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention with QK norm, partial RoPE and a per-head query gain (PR 1166 section 5).
 
@@ -65,6 +44,7 @@ class Attention(nn.Module):
         dim, head_dim = config.model_dim, config.head_dim
         kv_dim = config.num_kv_heads * head_dim
         self.config = config
+        self.backend: Backend = "auto"
         self.exclusive = layer in config.xsa_layers
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
         if config.value_residual == "lambda":
@@ -101,11 +81,10 @@ class Attention(nn.Module):
         cos, sin = rope_tables(
             time, config.rope_dims or config.head_dim, config.rope_base, config.rope_train_length, x.device
         )
-        q, k = apply_rope(rms_norm(q), cos, sin), apply_rope(rms_norm(k), cos, sin)
-        q = q * self.q_gain.to(q.dtype)[:, None]
-        y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-        if self.exclusive:
-            y = exclusive_attention(y, v)
+        q, k = normed_heads(q, cos, sin, self.q_gain), normed_heads(k, cos, sin)
+        y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.backend).transpose(1, 2)
+        if self.exclusive:  # XSA, PR 1166 section 5 step 8
+            y = remove_own_value(y, v)
         if config.gated_attention:
             y = y * torch.sigmoid(self.attn_gate(x)).unsqueeze(-1)
         return self.proj(y.reshape(batch, time, -1)), raw
@@ -167,12 +146,11 @@ class Block(nn.Module):
         self, x: Tensor, x0: Tensor, value_embedding: Tensor | None = None, first_values: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (stream (B, T, D), raw values of this layer (B, T, K*d))."""
-        mix = self.resid_mix.to(x.dtype)
-        u = mix[0] * x + mix[1] * x0
+        u = mix(x, x0, self.resid_mix)
         normed = rms_norm(u, self.scale)
         attended, values = self.attn(self._canon("a", normed), value_embedding, first_values)
-        y = u + self.attn_scale.to(x.dtype) * attended
-        out = y + self.mlp_scale.to(x.dtype) * self.mlp(self._canon("c", rms_norm(y, self.scale)))
+        y = add_scaled(u, self.attn_scale, attended)
+        out = add_scaled(y, self.mlp_scale, self.mlp(self._canon("c", rms_norm(y, self.scale))))
         if hasattr(self, "dtg_gate"):
             out = u + torch.sigmoid(self.dtg_gate(u.detach())) * (out - u)
         return out, values

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from golfbook.attention import Backend
 from golfbook.config import ModelConfig
-from golfbook.kernels import rms_norm
-from golfbook.layers import BigramHash, Block, SmearGate, ValueEmbedding
+from golfbook.kernels import add_scaled, rms_norm
+from golfbook.layers import Attention, BigramHash, Block, SmearGate, ValueEmbedding
 from golfbook.losses import softcapped_cross_entropy
 from golfbook.refiners import FlowRefiner, NativeFlowMatcher, TTTLinear
 from golfbook.settings import MTPConfig
@@ -60,6 +61,12 @@ class GPT(nn.Module):
                 nn.Linear(dim, config.vocab_size, bias=False) for _ in range(config.mtp.num_heads)
             )
 
+    def use_attention(self, backend: Backend) -> None:
+        """Let all blocks compute attention by ``backend``, see :mod:`golfbook.attention`."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+
     def hidden(self, tokens: Tensor) -> Tensor:
         """Map token ids (B, T) int64 to the refined final state (B, T, D) that the output head reads."""
         x = self._refine(self._trunk(tokens))
@@ -70,6 +77,9 @@ class GPT(nn.Module):
         x = self.tok_emb(tokens)
         if config.bigram.vocab_size:
             x = x + self.bigram(tokens)
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))  # the whole residual stream, as in the published runs
         x = rms_norm(x)
         if config.smear:
             x = self.smear(x, tokens == BOS_ID if config.smear_document_mask else None)
@@ -88,7 +98,7 @@ class GPT(nn.Module):
         for i in range(config.num_layers):
             j = i - self.encoder_layers
             if j >= 0 and stack:
-                x = x + self.skip_weights[j].to(x.dtype) * stack.pop()
+                x = add_scaled(x, self.skip_weights[j], stack.pop())
             x, values = run(i, x)
             if config.value_residual != "none" and i == 0:
                 first = values

@@ -216,35 +216,41 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> dict[str, list[st
     return groups
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig) -> tuple[Muon, torch.optim.AdamW]:
-    """Build the two optimisers of the published recipe; each group remembers its ``base_lr`` for the schedule."""
+def make_optimizers(model: nn.Module, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
+    """Build the optimisers of the published recipe by name, "muon" and "adam"; with ``matrix_optimizer`` "adamw" the
+    matrices join the second, and there is no first. Each group remembers its ``base_lr`` for the schedule.
+    """
     named, names = dict(model.named_parameters()), parameter_groups(model, config)
-    muon = Muon(
-        [named[n] for n in names["matrix"]],
-        lr=config.matrix_lr,
-        momentum=config.muon_momentum,
-        weight_decay=config.muon_weight_decay,
-        steps=config.newton_schulz_steps,
-        dtype=getattr(torch, config.muon_dtype),
-        momentum_dtype=getattr(torch, config.muon_momentum_dtype),
-        coefficients=config.newton_schulz_coefficients,
-        row_norm=config.muon_row_norm,
-    )
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if config.matrix_optimizer == "muon":
+        optimizers["muon"] = Muon(
+            [named[n] for n in names.pop("matrix")],
+            lr=config.matrix_lr,
+            momentum=config.muon_momentum,
+            weight_decay=config.muon_weight_decay,
+            steps=config.newton_schulz_steps,
+            dtype=getattr(torch, config.muon_dtype),
+            momentum_dtype=getattr(torch, config.muon_momentum_dtype),
+            coefficients=config.newton_schulz_coefficients,
+            row_norm=config.muon_row_norm,
+        )
     rates = {
+        "matrix": (config.matrix_lr, config.adam_weight_decay),
         "embed": (config.embed_lr, config.adam_weight_decay),
         "scalar": (config.scalar_lr, config.adam_weight_decay),
         "head": (config.head_lr, 0.0),
     }
-    adam = torch.optim.AdamW(
+    optimizers["adam"] = torch.optim.AdamW(
         [
-            {"params": [named[n] for n in names[group]], "lr": lr, "weight_decay": decay}
-            for group, (lr, decay) in rates.items()
-            if names[group]
+            {"params": [named[n] for n in members], "lr": rates[group][0], "weight_decay": rates[group][1]}
+            for group, members in names.items()
+            if members
         ],
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
         fused=True,
     )
-    for group in (*muon.param_groups, *adam.param_groups):
-        group["base_lr"] = group["lr"]
-    return muon, adam
+    for optimizer in optimizers.values():
+        for param_group in optimizer.param_groups:
+            param_group["base_lr"] = param_group["lr"]
+    return optimizers

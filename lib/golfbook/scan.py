@@ -11,6 +11,7 @@ Symbols: per mini-batch and head, with fast weights (W, b) and rate eta, ``z = k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ def ttt_scan(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gamm
     if not torch.amp.is_autocast_available(q.device.type):  # the meta device, on which costs are counted
         return _Scan.apply(*tensors, eta)
     with torch.autocast(q.device.type, enabled=False):
+        if torch.compiler.is_compiling():
+            return _scan_op(*tensors, eta)[0]
         return _Scan.apply(*tensors, eta)
 
 
@@ -119,33 +122,90 @@ class _Group:
         return d_q, d_k + d_target + d_z @ self.weights.mT, -d_target, d_weight, d_bias
 
 
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, delta: Tensor, eta: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Outputs, and the fast weights and biases at the start of each group, in turn."""
+    outputs, states = torch.empty_like(q), []
+    for start in range(0, len(q), GROUP):
+        states += [weight, bias]
+        part = slice(start, start + GROUP)
+        group = _Group(q[part], k[part], v[part], weight, bias, gamma, delta, eta)
+        outputs[part] = group.outputs()
+        weight, bias = group.weight, group.bias
+    return outputs, states
+
+
+def _run_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, delta: Tensor, states: Sequence[Tensor], eta: float
+) -> tuple[Tensor, ...]:
+    """Gradients of all tensors that :func:`_run` took, in its order."""
+    d_q, d_k, d_v = (torch.empty_like(q) for _ in range(3))
+    d_gamma, d_delta = torch.zeros_like(gamma), torch.zeros_like(delta)
+    d_weight, d_bias = torch.zeros_like(states[0]), torch.zeros_like(states[1])
+    for index in reversed(range(len(states) // 2)):
+        part = slice(index * GROUP, (index + 1) * GROUP)
+        weight, bias = states[2 * index : 2 * index + 2]
+        group = _Group(q[part], k[part], v[part], weight, bias, gamma, delta, eta)
+        d_q[part], d_k[part], d_v[part], d_weight, d_bias = group.backward(
+            d_out[part], d_weight, d_bias, d_gamma, d_delta
+        )
+    return d_q, d_k, d_v, d_weight, d_bias, d_gamma, d_delta
+
+
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        q, k, v, weight, bias, gamma, delta, eta = inputs
-        outputs, states = torch.empty_like(q), []
-        for start in range(0, len(q), GROUP):
-            states += [weight, bias]
-            part = slice(start, start + GROUP)
-            group = _Group(q[part], k[part], v[part], weight, bias, gamma, delta, eta)
-            outputs[part] = group.outputs()
-            weight, bias = group.weight, group.bias
-        ctx.eta = eta
+        q, k, v, _, _, gamma, delta, ctx.eta = inputs
+        outputs, states = _run(*inputs)
         ctx.save_for_backward(q, k, v, gamma, delta, *states)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, gamma, delta, *states = ctx.saved_tensors
-        d_out = d_outputs[0].contiguous()
-        d_q, d_k, d_v = (torch.empty_like(q) for _ in range(3))
-        d_gamma, d_delta = torch.zeros_like(gamma), torch.zeros_like(delta)
-        d_weight, d_bias = torch.zeros_like(states[0]), torch.zeros_like(states[1])
-        for index in reversed(range(len(states) // 2)):
-            part = slice(index * GROUP, (index + 1) * GROUP)
-            weight, bias = states[2 * index : 2 * index + 2]
-            group = _Group(q[part], k[part], v[part], weight, bias, gamma, delta, ctx.eta)
-            d_q[part], d_k[part], d_v[part], d_weight, d_bias = group.backward(
-                d_out[part], d_weight, d_bias, d_gamma, d_delta
-            )
-        return d_q, d_k, d_v, d_weight, d_bias, d_gamma, d_delta, None
+        return (*_run_backward(d_outputs[0].contiguous(), q, k, v, gamma, delta, states, ctx.eta), None)
+
+
+# The same for torch.compile, as one opaque step: it would unroll the loop, which took the published runs minutes.
+@torch.library.custom_op("golfbook::ttt_scan", mutates_args=())
+def _scan_op(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, delta: Tensor, eta: float
+) -> list[Tensor]:
+    outputs, states = _run(q, k, v, weight, bias, gamma, delta, eta)
+    return [outputs, *(state.clone() for state in states)]  # an operator's outputs may not be its inputs
+
+
+@_scan_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, delta: Tensor, eta: float
+) -> list[Tensor]:
+    groups = -(-len(q) // GROUP)
+    return [torch.empty_like(q), *(torch.empty_like(x) for _ in range(groups) for x in (weight, bias))]
+
+
+@torch.library.custom_op("golfbook::ttt_scan_backward", mutates_args=())
+def _scan_backward_op(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, delta: Tensor, states: list[Tensor], eta: float
+) -> list[Tensor]:
+    return list(_run_backward(d_out, q, k, v, gamma, delta, states, eta))
+
+
+@_scan_backward_op.register_fake
+def _(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, delta: Tensor, states: list[Tensor], eta: float
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in (q, k, v, *states[:2], gamma, delta)]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    q, k, v, _, _, gamma, delta, ctx.eta = inputs
+    ctx.save_for_backward(q, k, v, gamma, delta, *output[1:])
+
+
+def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
+    q, k, v, gamma, delta, *states = ctx.saved_tensors
+    return (*_scan_backward_op(gradients[0].contiguous(), q, k, v, gamma, delta, states, ctx.eta), None)
+
+
+_scan_op.register_autograd(_backward, setup_context=_keep)

@@ -217,7 +217,10 @@ class TrainConfig(Section):
     steps: Positive = 7185
     batch_tokens: Positive = Field(786432, description="tokens of one optimiser step, over all processes")
     sequence_length: Positive = 2048
-    matrix_lr: Rate = Field(0.025, description="Muon")
+    matrix_optimizer: Literal["muon", "adamw"] = Field(
+        "muon", description="for attention and MLP matrices; adamw: with matrix_lr and adam_weight_decay, to compare"
+    )
+    matrix_lr: Rate = Field(0.025, description="of attention and MLP matrices")
     scalar_lr: Rate = Field(0.025, description="AdamW: vectors, scalars, small projections, refiners")
     embed_lr: Rate = Field(0.035, description="AdamW: embedding tables")
     head_lr: Rate = Field(0.008, description="Adam: untied output head, without weight decay")
@@ -256,6 +259,15 @@ class TrainConfig(Section):
     loader: Literal["sequential", "coprime"] = Field("sequential", description="order of windows in the shards")
     precision: Literal["float32", "bfloat16", "auto"] = Field(
         "auto", description="of activations; masters stay float32. auto: bfloat16 where the hardware is fast at it"
+    )
+    attention: Literal["auto", "blocked", "sdpa", "flex", "flash3"] = Field(
+        "auto", description="what computes attention; auto: the fastest that runs here"
+    )
+    compile: bool = Field(
+        False, description="torch.compile the loss; eager where there is no compiler, with the reason in the log"
+    )
+    compile_warmup_steps: Positive = Field(
+        2, description="steps on synthetic tokens that compile and fill caches before the first, and are then undone"
     )
     checkpoint_activations: bool = Field(False, description="recompute block activations in backward to save memory")
     validate_every: NonNegative = Field(500, description="steps between validations; 0: only at the end")

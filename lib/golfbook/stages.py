@@ -10,15 +10,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from golfbook import artifact, corpus, launcher, quantization, scoring
+from golfbook import artifact, corpus, devices, launcher, quantization, scoring
 from golfbook.checkpoints import load_model
 from golfbook.errors import ArtifactError, GolfbookError, RunError
 from golfbook.files import atomic_write_bytes, sha256_file
 from golfbook.model import GPT, exported, exported_state
 from golfbook.runs import STAGES, Run
-from golfbook.training import choose_device
 
 
 def run_training(run: Run, on_update: launcher.Update | None = None) -> dict[str, Any]:
@@ -166,8 +163,8 @@ def _result(run: Run, stage: str) -> dict[str, Any]:
 
 def _score(run: Run, model: GPT, data: corpus.Dataset, stride: int) -> dict[str, Any]:
     config = run.config
-    torch.set_num_threads(config.train.threads)
-    device = choose_device(config)
+    devices.prepare(config.train.threads)
+    device = devices.choose_device(config)
     nll = scoring.score(
         model.to(device), data.val_tokens, window=config.window, stride=stride,
         batch_windows=config.score.batch_windows, device=device,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -19,18 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from golfbook import corpus, scoring
+from golfbook import corpus, costs, devices, scoring
 from golfbook.averaging import WeightAverage
 from golfbook.checkpoints import load_checkpoint, save_checkpoint
-from golfbook.config import Config
+from golfbook.diagnostics import first_nonfinite
 from golfbook.errors import CheckpointError, GolfbookError, RunError
 from golfbook.files import remove_partial
 from golfbook.loaders import Prefetching, make_loader
 from golfbook.model import BOS_ID, GPT, initialise
-from golfbook.muon import make_optimizers
-from golfbook.qat import fake_quantized
 from golfbook.runs import Run, exit_with_parent, open_run
 from golfbook.schedules import lr_scale, muon_momentum, qat_active
+from golfbook.steps import TrainingStep, compiled_graphs
 
 
 class Trainer:
@@ -38,8 +36,9 @@ class Trainer:
 
     def __init__(self, run: Run, rank: int, world: int) -> None:
         self.run, self.config, self.rank, self.world = run, run.config, rank, world
-        self.device = choose_device(self.config, rank)
-        torch.set_num_threads(self.config.train.threads)
+        train = self.config.train
+        self.device = devices.choose_device(self.config, rank)
+        products = devices.prepare(train.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.manual_seed(self.config.seed)
         self.dataset = corpus.prepare(self.config)
@@ -48,15 +47,20 @@ class Trainer:
                 f"model.smear_document_mask needs a tokenizer whose BOS id is {BOS_ID}; this one's is "
                 f"{self.dataset.tokenizer.bos_id}"
             )
-        self.model = initialise(GPT(self.config.model), self.config.seed).to(self.device)
-        self.model.checkpoint_activations = self.config.train.checkpoint_activations
-        self.precision = choose_precision(self.config, self.device)
-        self.average = WeightAverage(self.config.train, self.model.state_dict())
-        muon, adam = make_optimizers(self.model, self.config.train)
-        self.optimizers: dict[str, torch.optim.Optimizer] = {"muon": muon, "adam": adam}
-        self.loader = Prefetching(make_loader(self.dataset.train_shards, self.config.train, self.config.seed))
+        self.model = initialise(GPT(self.config.model), self.config.seed)
+        self.take_step = TrainingStep(self.model, self.config, self.device, world=world)
+        self.optimizers = self.take_step.optimizers
+        self.average = WeightAverage(train, self.model.state_dict())
+        self.loader = Prefetching(make_loader(self.dataset.train_shards, train, self.config.seed))
         self.step, self.train_seconds, self.last_loss, self.scale = 0, 0.0, math.nan, 1.0
-        self.stop_requested = False
+        self.saved, self.stop_requested = 0, False
+        for note in (*self.take_step.notes, f"float32 products by {products}"):
+            self.print(note)
+        self.take_step.warm_up(train.batch_tokens // train.sequence_length // world)
+        self.graphs = compiled_graphs()
+        work = costs.per_token(self.config.model, train.sequence_length, causal=True).training
+        ceiling = devices.product_ceiling(self.device, self.take_step.precision)
+        self.possible_tokens_per_second = world * ceiling / work  # were there nothing but products at full speed
 
     @property
     def identity(self) -> dict[str, str]:
@@ -64,7 +68,10 @@ class Trainer:
         return {"config": self.config.hash, "dataset": self.dataset.fingerprint}
 
     def save(self) -> None:
-        """Write the checkpoint (first process only)."""
+        """Write the checkpoint (first process only); raises RunError before spoilt weights replace good ones."""
+        spoilt = first_nonfinite(self.model.named_parameters())
+        if spoilt:
+            raise RunError(self.diverged(f"not finite after step {self.step}: weight {spoilt}"))
         if self.rank == 0:
             progress = {
                 "step": self.step,
@@ -74,6 +81,7 @@ class Trainer:
                 **self.identity,
             }
             save_checkpoint(self.run.checkpoint_path, self.model, self.average, self.optimizers, progress)
+        self.saved = self.step
 
     def resume(self) -> None:
         """Continue from the checkpoint where there is one; raises CheckpointError where it is another run's."""
@@ -88,7 +96,7 @@ class Trainer:
         for what, value in self.identity.items():
             if progress[what] != value:
                 raise CheckpointError(f"{path} was made with another {what}; delete it to train anew")
-        self.step = progress["step"]
+        self.step = self.saved = progress["step"]
         self.loader.load_state(progress["loader"])
         self.train_seconds, self.last_loss = progress["train_seconds"], progress["train_loss"]
         self.print(f"resuming at step {self.step}")
@@ -134,37 +142,19 @@ class Trainer:
         train, step = self.config.train, self.step
         inputs, targets = (torch.from_numpy(a[self.rank :: self.world]).to(self.device) for a in self.loader.next())
         self.scale = lr_scale(step, train, self.elapsed())
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * self.scale
-        self.optimizers["muon"].param_groups[0]["momentum"] = muon_momentum(step, train)
-        loss = torch.zeros((), device=self.device)
-        quantized = qat_active(step, self.scale, train)
-        with fake_quantized(self.model, self.config.quantize) if quantized else contextlib.nullcontext():
-            for x, y in zip(inputs.chunk(train.micro_batches), targets.chunk(train.micro_batches), strict=True):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                    part = self.model.loss(x, y) / train.micro_batches
-                part.backward()
-                loss += part.detach()
-        self.average_gradients()
-        if train.grad_clip:  # after averaging, so that the step does not depend on the number of processes
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        try:
+            loss = self.take_step(
+                inputs,
+                targets,
+                lr_scale=self.scale,
+                momentum=muon_momentum(step, train),
+                quantized=qat_active(step, self.scale, train),
+                check=self.device.type == "cpu" or (step + 1) % train.log_every == 0,
+            )
+        except RunError as error:
+            raise RunError(self.diverged(f"at step {step} {error}")) from None
         self.average.update(step, self.scale, self.model.state_dict())
         return loss
-
-    def average_gradients(self) -> None:
-        """Replace every gradient by its mean over the processes, in one message."""
-        if self.world == 1:
-            return
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        flat /= self.world
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
 
     def agree_to_stop(self) -> bool:
         """Whether any process was asked to stop; all get the same answer."""
@@ -182,11 +172,13 @@ class Trainer:
             loss /= self.world
         value = loss.item()
         if not math.isfinite(value):
-            raise RunError(
-                f"the training loss is {value} at step {self.step}; lower train.matrix_lr or train.grad_clip "
-                f"(the checkpoint before it is kept)"
-            )
+            raise RunError(self.diverged(f"the loss is {value} at step {self.step}"))
         return value
+
+    def diverged(self, what: str) -> str:
+        """The message of a run that cannot go on."""
+        kept = f"; the checkpoint of step {self.saved} is kept" if self.saved else ""
+        return f"training diverged: {what}. Lower train.matrix_lr, train.embed_lr or train.grad_clip{kept}"
 
     def log(self, loss: Tensor, seconds_per_step: float) -> None:
         """Append one training point and, on a terminal, redraw the progress line."""
@@ -194,18 +186,24 @@ class Trainer:
         if self.rank:
             return
         train = self.config.train
+        speed = train.batch_tokens / seconds_per_step
+        left = seconds_per_step * (train.steps - self.step)
+        if train.max_seconds:
+            left = min(left, train.max_seconds - self.train_seconds)
         point = {
             "kind": "train",
             "step": self.step,
             "loss": mean,
             "lr_scale": self.scale,
-            "tokens_per_second": train.batch_tokens / seconds_per_step,
+            "tokens_per_second": speed,
+            "mfu": speed / self.possible_tokens_per_second,
+            "memory_bytes": devices.peak_memory_bytes(self.device),
             "seconds": self.train_seconds,
+            "seconds_left": max(left, 0.0),
         }
         self.run.append_metrics(point)
-        left = seconds_per_step * (train.steps - self.step)
-        line = f"step {self.step}/{train.steps}  loss {point['loss']:.4f}  {point['tokens_per_second']:,.0f} tokens/s"
-        self.print(f"{line}  {left:.0f} s left", redraw=True)
+        line = f"step {self.step}/{train.steps}  loss {mean:.4f}  {speed:,.0f} tokens/s  MFU {point['mfu']:.0%}"
+        self.print(f"{line}  {point['seconds_left']:.0f} s left", redraw=True)
 
     def validate(self, model: GPT) -> dict[str, float]:
         """Score the validation split in contiguous windows (first process only) and log the point."""
@@ -240,12 +238,16 @@ class Trainer:
                 "tokens_per_second": self.step * train.batch_tokens / max(self.train_seconds, 1e-9),
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "weights": self.average.name,
-                "precision": self.precision,
+                "precision": self.take_step.precision,
                 "device": str(self.device),
+                "mfu": self.step * train.batch_tokens / max(self.train_seconds, 1e-9) / self.possible_tokens_per_second,
+                "compiled": self.take_step.compiled,
+                "warmup_seconds": self.take_step.warmup_seconds,
+                "recompilations": compiled_graphs() - self.graphs,
                 "processes": self.world,
                 "dataset_fingerprint": data.fingerprint,
                 "unigram_bpb": data.info["unigram_bpb"],
-                "peak_memory_bytes": peak_memory_bytes(),
+                "peak_memory_bytes": devices.peak_memory_bytes(self.device),
             },
             reads={"dataset": data.fingerprint},
             writes=self.run.checkpoint_path,
@@ -258,41 +260,13 @@ class Trainer:
             print(f"\r{line:<100}" if terminal else line, end="" if redraw and terminal else "\n", flush=True)
 
 
-def choose_device(config: Config, rank: int = 0) -> torch.device:
-    """CUDA where it is there and allowed, else the CPU; raises RunError where CUDA is demanded and missing."""
-    wanted = config.train.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise RunError("train.device is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", rank % torch.cuda.device_count())
-
-
 class StopRequested(RunError):
     """The trainer was asked to stop and has saved its state."""
 
 
-def choose_precision(config: Config, device: torch.device) -> str:
-    """Dtype of activations, "float32" or "bfloat16": what ``train.precision`` says, or what the hardware is fast at.
-
-    "auto" takes bfloat16 on GPUs that have it and on CPUs with AMX; elsewhere bfloat16 gains little and costs accuracy.
-    """
-    if config.train.precision != "auto":
-        return config.train.precision
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _train(run: Run, rank: int, world: int) -> None:
     if world > 1:
-        backend = "nccl" if choose_device(run.config, rank).type == "cuda" else "gloo"
+        backend = "nccl" if devices.choose_device(run.config, rank).type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))  # the first process validates while others wait
     try:
         trainer = Trainer(run, rank, world)
@@ -322,8 +296,8 @@ def main(arguments: list[str]) -> int:
                 _train(run, rank, world)
     except GolfbookError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if rank == 0 and not isinstance(error, StopRequested):
-            run.write_failure("training", str(error))
+        if not isinstance(error, StopRequested):
+            run.write_failure("training", f"rank {rank}: {error}" if rank else str(error))
         return 2
     return 0
 

@@ -78,7 +78,7 @@ def plain_side(model: GPT, config: TrainConfig) -> Side:
 
 def our_side(model: GPT, config: TrainConfig) -> Side:
     """The optimisers that training uses."""
-    muon, adam = make_optimizers(model, config)
+    muon, adam = make_optimizers(model, config).values()
     return {"Muon": muon.step, "AdamW": adam.step}
 
 

@@ -1,0 +1,176 @@
+"""One optimiser step of one process: forward, backward, averaging over processes, clipping, update.
+
+The training loop, the benchmarks and the GPU check all take their steps here, so what is measured is what trains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from golfbook import devices, diagnostics
+from golfbook.config import Config
+from golfbook.errors import RunError
+from golfbook.model import GPT
+from golfbook.muon import make_optimizers
+from golfbook.qat import fake_quantized
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class _Loss(nn.Module):
+    """The model's loss as a module, which is what torch's data-parallel engine wraps."""
+
+    def __init__(self, model: GPT, compute: Loss) -> None:
+        super().__init__()
+        self.model, self.compute = model, compute
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.compute(inputs, targets)
+
+
+class TrainingStep:
+    """A model with its optimisers, ready to take steps on ``device``; call it with a batch.
+
+    With ``world`` > 1 the process group must be initialised; gradients are then averaged by torch's
+    DistributedDataParallel while the backward pass is still running. ``notes`` holds one line for each choice that was
+    made for this machine.
+    """
+
+    def __init__(self, model: GPT, config: Config, device: torch.device, *, world: int = 1) -> None:
+        train = config.train
+        self.model, self.config, self.device = model.to(device), config, device
+        model.checkpoint_activations = train.checkpoint_activations
+        model.use_attention(train.attention)
+        self.precision, reason = devices.choose_precision(config, device)
+        self.notes = [f"activations in {self.precision}: {reason}"]
+        self.optimizers = make_optimizers(model, train)
+        self.compiled = False
+        compute: Loss = model.loss
+        if train.compile:
+            obstacle = devices.why_not_compile(device)
+            self.compiled = not obstacle
+            self.notes.append(f"not compiled: {obstacle}" if obstacle else "compiled by torch.compile")
+            if self.compiled:
+                compute = torch.compile(model.loss, dynamic=False, fullgraph=True)
+        self.module: nn.Module = _Loss(model, compute)
+        if world > 1:
+            # layer 0 has no use for its mix of values, so its parameters never get a gradient
+            unused = config.model.value_residual != "none"
+            devices_ = [device.index] if device.type == "cuda" else None
+            self.module = DistributedDataParallel(
+                self.module, device_ids=devices_, find_unused_parameters=unused, gradient_as_bucket_view=True
+            )
+        self.warmup_seconds = 0.0
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss in nats in the precision of training: ``inputs`` and ``targets`` (rows, T) int64 on the device."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.module(inputs, targets)
+
+    def __call__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        lr_scale: float = 1.0,
+        momentum: float | None = None,
+        quantized: bool = False,
+        check: bool = True,
+    ) -> Tensor:
+        """Take one step; returns the mean loss before it over this process's rows, float32 and detached.
+
+        ``lr_scale`` multiplies every group's base rate, ``momentum`` is Muon's (None: as it is), ``quantized``
+        fake-quantises the weights. With ``check`` a gradient that is not finite raises :class:`RunError` naming the
+        tensor it comes from, before any weight is touched; on a GPU that waits for the step to finish.
+        """
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * lr_scale
+        if momentum is not None and "muon" in self.optimizers:
+            self.optimizers["muon"].param_groups[0]["momentum"] = momentum
+        with fake_quantized(self.model, self.config.quantize) if quantized else contextlib.nullcontext():
+            loss = self.backward(inputs, targets)
+            trained = [p for p in self.model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            if check and not math.isfinite(norm.item()):
+                raise RunError(self._explain(norm, inputs, targets))
+        if self.config.train.grad_clip:  # after averaging, so that the step does not depend on the number of processes
+            torch.nn.utils.clip_grads_with_norm_(trained, self.config.train.grad_clip, norm)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        return loss
+
+    def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Replace all gradients by those of this batch, averaged over processes; returns the loss as a call does."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        parts = self.config.train.micro_batches
+        loss = torch.zeros((), device=self.device)
+        pieces = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
+        for number, (x, y) in enumerate(pieces, start=1):
+            with self._averaging_at(last=number == parts):
+                part = self.loss(x, y) / parts
+                part.backward()
+            loss += part.detach()
+        return loss
+
+    def _averaging_at(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self.module, DistributedDataParallel) and not last:
+            return self.module.no_sync()
+        return contextlib.nullcontext()
+
+    def _explain(self, norm: Tensor, inputs: Tensor, targets: Tensor) -> str:
+        """Which tensor the trouble of this batch starts in."""
+
+        def forward() -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                return self.model.loss(inputs, targets)
+
+        return (
+            f"the norm of the gradient is {norm.item()}; not finite first: {diagnostics.explain(self.model, forward)}; "
+            f"largest weight: {diagnostics.largest(self.model)}"
+        )
+
+    def warm_up(self, rows: int) -> float:
+        """Compile and fill caches by steps on synthetic tokens, then undo them; returns the seconds that it took.
+
+        ``rows`` is the number of sequences that a call will get. Weights, optimisers and random numbers are as before
+        to the bit. Synthetic tokens, because text of the validation split has no business here. Does nothing where
+        nothing is compiled.
+        """
+        if not self.compiled:
+            return 0.0
+        started, train = time.perf_counter(), self.config.train
+        weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        states = {name: copy.deepcopy(optimizer.state_dict()) for name, optimizer in self.optimizers.items()}
+        generators = torch.get_rng_state(), torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        generator = torch.Generator().manual_seed(0)
+        shape = (rows, train.sequence_length + 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lru_cache.*")  # what it caches here never changes
+            for _ in range(train.compile_warmup_steps):
+                tokens = torch.randint(self.config.model.vocab_size, shape, generator=generator).to(self.device)
+                self(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        self.model.load_state_dict(weights)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(states[name])
+        self.model.zero_grad(set_to_none=True)
+        torch.set_rng_state(generators[0])
+        if generators[1]:
+            torch.cuda.set_rng_state_all(generators[1])
+        self.warmup_seconds = time.perf_counter() - started
+        return self.warmup_seconds
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process: it must not grow after the warm-up."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -1,0 +1,91 @@
+"""Every attention backend that runs here against the masked formula, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from golfbook import attention
+from golfbook.attention import causal_attention
+from golfbook.errors import RunError
+from test_kernels import compare, values
+
+
+def masked_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    group, time = q.size(1) // k.size(1), q.size(2)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.mT / q.size(-1) ** 0.5
+    allowed = torch.ones(time, time, dtype=torch.bool).tril()
+    return scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ v
+
+
+def heads(time: int, width: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return values(2, 4, time, width), values(2, 2, time, width, seed=1), values(2, 2, time, width, seed=2)
+
+
+@pytest.mark.parametrize("backend", ["auto", "blocked", "sdpa"])
+@pytest.mark.parametrize("time", [1, 5, 8, 16, 23])
+def test_backends_equal_the_masked_reference(backend, time, monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 16)  # halved for short inputs: eight positions a block
+    compare(lambda q, k, v: causal_attention(q, k, v, backend), masked_reference, *heads(time))
+
+
+@pytest.mark.parametrize("time", [1, 5, 130])
+def test_flex_attention_equals_the_masked_reference(time):
+    q, k, v = (x.detach().float() for x in heads(time, 16))
+    torch.testing.assert_close(causal_attention(q, k, v, "flex"), masked_reference(q, k, v))
+    with pytest.raises(RunError, match=r"no backward pass on a CPU; use 'auto'"):
+        causal_attention(q.requires_grad_(), k, v, "flex")
+
+
+@pytest.mark.parametrize("time", [700, 512])
+def test_long_inputs_in_their_own_blocks(time):
+    compare(lambda q, k, v: causal_attention(q, k, v, "blocked"), masked_reference, *heads(time))
+
+
+@pytest.mark.parametrize("backend", ["blocked", "sdpa", "flex"])
+def test_bfloat16_stays_near_the_exact_values(backend):
+    exact = [x.detach() for x in heads(96, 16)]
+    out = causal_attention(*(x.bfloat16() for x in exact), backend)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), masked_reference(*exact), atol=0.03, rtol=0.02)
+
+
+def test_what_auto_takes_and_why_the_others_cannot_run(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert attention.choose(cpu, torch.bfloat16) == "blocked"
+    assert attention.choose(torch.device("meta"), torch.bfloat16) == "sdpa"
+    assert attention.why_not("sdpa", cpu, torch.float32) == ""
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    assert attention.choose(gpu, torch.bfloat16) == "sdpa"
+    with pytest.raises(RunError, match=r"flash_attn_interface.*not installed; use 'auto'"):
+        causal_attention(*heads(4), "flash3")
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert attention.choose(gpu, torch.bfloat16) == "flash3"
+    assert attention.choose(gpu, torch.float32) == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert attention.choose(gpu, torch.bfloat16) == "sdpa"
+    with pytest.raises(RunError, match="needs a Hopper GPU"):
+        causal_attention(*heads(4), "flash3")
+
+
+def test_flash_attention_3_is_called_in_its_own_layout(monkeypatch):
+    """A stand-in of the package: shapes (B, T, H, d), causal, and releases that return the normaliser as well."""
+    import sys
+    import types
+
+    with_normaliser = False
+
+    def flash_attn_func(q, k, v, causal):
+        assert causal and q.shape == (2, 5, 4, 6) and k.shape == v.shape == (2, 5, 2, 6)
+        out = masked_reference(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return (out, None) if with_normaliser else out
+
+    package = types.ModuleType("flash_attn_interface")
+    package.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    monkeypatch.setattr(attention, "why_not", lambda *_: "")
+    compare(lambda q, k, v: causal_attention(q, k, v, "flash3"), masked_reference, *heads(5))
+    with_normaliser = True
+    compare(lambda q, k, v: causal_attention(q, k, v, "flash3"), masked_reference, *heads(5))
