@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -113,16 +113,20 @@ def _unordered(x: Tensor, shape: torch.Size, groups: int) -> Tensor:
     """Undo :func:`_ordered`: shape (B, heads, T, d) again, in memory (B, T, heads, d) as the linear maps have it."""
     batch, heads, time, width = shape
     x = x.view(batch, groups, time, heads // groups, width).permute(0, 2, 1, 3, 4)
-    return x.contiguous().view(batch, time, heads, width).transpose(1, 2)
+    return x.clone(memory_format=torch.contiguous_format).view(batch, time, heads, width).transpose(1, 2)
 
 
-def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
-    """Rows of each block of queries, the number of keys that they see, and the mask of the last of these keys."""
+def _blocks(q: Tensor, k: Tensor, masks: bool = True) -> Iterator[tuple[slice, int, Tensor]]:
+    """Rows of each block of queries, the number of keys that they see, and the mask of the last of these keys.
+
+    Without ``masks`` the keys stand in their place, where only sizes are asked.
+    """
     time, share = k.size(1), q.size(1) // k.size(1)
     size = QUERY_BLOCK if time > SHORT else QUERY_BLOCK // 2
     for start in range(0, time, size):
         stop = min(start + size, time)
-        yield slice(start * share, stop * share), stop, _mask(stop - start, share, q.dtype, q.device)
+        mask = _mask(stop - start, share, q.dtype, q.device) if masks else k
+        yield slice(start * share, stop * share), stop, mask
 
 
 @functools.lru_cache(maxsize=64)
@@ -133,44 +137,108 @@ def _mask(time: int, share: int, dtype: torch.dtype, device: torch.device) -> Te
         return mask.triu_(1).repeat_interleave(share, 0)
 
 
+def _run(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """The output (B, H, T, d), and what the backward pass needs: ordered q, k, v, output, and weights by block."""
+    shape, groups, width = q.shape, k.size(1), q.size(3)
+    q, k, v = _ordered(q, groups, width**-0.5), _ordered(k, groups), _ordered(v, groups)
+    out, kept = torch.empty_like(q), []
+    for rows, stop, mask in _blocks(q, k):
+        scores = torch.bmm(q[:, rows], k[:, :stop].mT)
+        scores[:, :, stop - mask.size(1) :] += mask
+        weights = scores.softmax(-1)
+        torch.bmm(weights, v[:, :stop], out=out[:, rows])
+        kept.append(weights)
+    return [_unordered(out, shape, groups), q, k, v, out, *kept]
+
+
+def _run_backward(gradient: Tensor, saved: Sequence[Tensor], groups: int) -> list[Tensor]:
+    """Gradients of q (B, H, T, d), k and v (B, K, T, d) from that of the output and what :func:`_run` kept.
+
+    ``groups`` is K. Sums over blocks are float32.
+    """
+    q, k, v, out, *kept = saved
+    query_shape, width = gradient.shape, q.size(-1)
+    key_shape = torch.Size((query_shape[0], groups, *query_shape[2:]))
+    gradient = _ordered(gradient, groups)
+    d_q = torch.empty_like(q)
+    d_k, d_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+    mean = (gradient * out).sum(-1, keepdim=True)
+    for (rows, stop, _), weights in zip(_blocks(q, k), kept, strict=True):
+        d_v[:, :stop] += torch.bmm(weights.mT, gradient[:, rows])
+        d_scores = torch.bmm(gradient[:, rows], v[:, :stop].mT).sub_(mean[:, rows]).mul_(weights)
+        torch.bmm(d_scores, k[:, :stop], out=d_q[:, rows])
+        d_k[:, :stop] += torch.bmm(d_scores.mT, q[:, rows])
+    d_q.mul_(width**-0.5)
+    return [
+        _unordered(d_q, query_shape, groups),
+        _unordered(d_k.to(k.dtype), key_shape, groups),
+        _unordered(d_v.to(v.dtype), key_shape, groups),
+    ]
+
+
 class _BlockedAttention(torch.autograd.Function):
-    """Attention whose probabilities are kept block by block; sums over blocks are float32."""
+    """Attention whose probabilities are kept block by block; what lies above the diagonal blocks is never computed."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        groups, width = inputs[1].size(1), inputs[1].size(3)
-        q, k, v = (_ordered(x, groups, factor) for x, factor in zip(inputs, (width**-0.5, 1.0, 1.0), strict=True))
-        out, kept = torch.empty_like(q), []
-        for rows, stop, mask in _blocks(q, k):
-            scores = torch.bmm(q[:, rows], k[:, :stop].mT)
-            scores[:, :, stop - mask.size(1) :] += mask
-            weights = scores.softmax(-1)
-            torch.bmm(weights, v[:, :stop], out=out[:, rows])
-            kept.append(weights)
+        output, *saved = _run(*inputs)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(q, k, v, out, *kept)
-            ctx.shapes = [x.shape for x in inputs]
-        return _unordered(out, inputs[0].shape, groups)
+            ctx.save_for_backward(*saved)
+            ctx.groups = inputs[1].size(1)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, out, *kept = ctx.saved_tensors
-        groups, width = ctx.shapes[1][1], q.size(-1)
-        d_out = _ordered(gradients[0], groups)
-        d_q = torch.empty_like(q)
-        d_k, d_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        mean = (d_out * out).sum(-1, keepdim=True)
-        for (rows, stop, _), weights in zip(_blocks(q, k), kept, strict=True):
-            d_v[:, :stop] += torch.bmm(weights.mT, d_out[:, rows])
-            d_scores = torch.bmm(d_out[:, rows], v[:, :stop].mT).sub_(mean[:, rows]).mul_(weights)
-            torch.bmm(d_scores, k[:, :stop], out=d_q[:, rows])
-            d_k[:, :stop] += torch.bmm(d_scores.mT, q[:, rows])
-        found = d_q.mul_(width**-0.5), d_k.to(k.dtype), d_v.to(v.dtype)
-        return tuple(_unordered(d, shape, groups) for d, shape in zip(found, ctx.shapes, strict=True))
+        return tuple(_run_backward(gradients[0], ctx.saved_tensors, ctx.groups))
+
+
+# The same as one opaque step for torch.compile, which would unroll the loop over blocks.
+_op = torch.library.custom_op(
+    "golfbook::blocked_attention", _run, mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor[]"
+)
+_backward_op = torch.library.custom_op(
+    "golfbook::blocked_attention_backward", _run_backward, mutates_args=(),
+    schema="(Tensor gradient, Tensor[] saved, int groups) -> Tensor[]",
+)  # fmt: skip
+
+
+@_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    (batch, heads, time, width), groups = q.shape, k.size(1)
+    queries = q.new_empty(batch * groups, time * (heads // groups), width)
+    keys = q.new_empty(batch * groups, time, width)
+    weights = [
+        q.new_empty(batch * groups, rows.stop - rows.start, stop)
+        for rows, stop, _ in _blocks(queries, keys, masks=False)
+    ]
+    output = q.new_empty(batch, time, heads, width).transpose(1, 2)
+    return [output, *(torch.empty_like(x) for x in (queries, keys, keys, queries)), *weights]
+
+
+@_backward_op.register_fake
+def _(gradient: Tensor, saved: list[Tensor], groups: int) -> list[Tensor]:
+    batch, heads, time, width = gradient.shape
+    return [gradient.new_empty(batch, time, n, width).transpose(1, 2) for n in (heads, groups, groups)]
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.groups = inputs[1].size(1)
+
+
+def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(_backward_op(gradients[0], list(ctx.saved_tensors), ctx.groups))
+
+
+_op.register_autograd(_backward, setup_context=_keep)
+
+
+def _blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _op(q, k, v)[0] if torch.compiler.is_compiling() else _BlockedAttention.apply(q, k, v)
 
 
 _COMPUTE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "blocked": lambda q, k, v: _BlockedAttention.apply(q, k, v),
+    "blocked": _blocked,
     "sdpa": _sdpa,
     "flex": _flex,
     "flash3": _flash3,

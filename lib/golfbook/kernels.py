@@ -2,7 +2,7 @@
 
 Autograd's own backward of a composed formula keeps every intermediate and walks over memory once for each of them; at
 the sizes of this workbook that costs as much as the matrix products. Each function here has a backward pass written by
-hand and a test against the plain formula. Statistics are float32, or float64 for float64; factors that belong to a row
+hand and a test against the plain formula; torch.compile, which fuses by itself, gets the plain formula. Statistics are float32, or float64 for float64; factors that belong to a row
 or a channel are rounded to the dtype of the stream before they multiply it, because passes over two dtypes are slow.
 """
 
@@ -23,21 +23,29 @@ def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
     The dtype is pinned because torch 2.12 moved its own ``rms_norm`` to autocast's float32 list; the published runs
     used older releases, where a bfloat16 stream stays bfloat16.
     """
+    if torch.compiler.is_compiling():
+        return (scale * F.rms_norm(x.to(_wide(x.dtype)), x.shape[-1:], eps=RMS_EPS)).to(x.dtype)
     return _RMSNorm.apply(x, scale)
 
 
 def squared_leaky_relu(x: Tensor, slope: float) -> Tensor:
     """``leaky_relu(x, slope)^2``: x^2 above zero, (slope x)^2 below (PR 1166 section 4.2)."""
+    if torch.compiler.is_compiling():
+        return F.leaky_relu(x, slope).square()
     return _SquaredLeakyReLU.apply(x, slope)
 
 
 def mix(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """``weights[0] * x + weights[1] * y`` with one weight a channel: ``x``, ``y`` (..., D), ``weights`` (2, D)."""
+    if torch.compiler.is_compiling():
+        return weights[0].to(x.dtype) * x + weights[1].to(x.dtype) * y
     return _Mix.apply(x, y, weights)
 
 
 def add_scaled(x: Tensor, scale: Tensor, y: Tensor) -> Tensor:
     """``x + scale * y`` with one scale a channel: ``x``, ``y`` (..., D) of one dtype, ``scale`` (D,)."""
+    if torch.compiler.is_compiling():
+        return x + scale.to(x.dtype) * y
     return _AddScaled.apply(x, scale, y)
 
 
@@ -47,6 +55,12 @@ def normed_heads(x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None
     ``cos`` and ``sin`` (T, R/2) rotate the first R dimensions in the half-split layout by minus the angle: ``a' = a cos
     + b sin``, ``b' = b cos - a sin``. ``gain`` (H,) has one factor a head.
     """
+    if torch.compiler.is_compiling():
+        half, x = cos.size(-1), rms_norm(x)
+        cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+        a, b = x[..., :half], x[..., half : 2 * half]
+        x = torch.cat((a * cos + b * sin, b * cos - a * sin, x[..., 2 * half :]), dim=-1)
+        return x if gain is None else x * gain.to(x.dtype)[:, None]
     return _NormedHeads.apply(x, cos, sin, gain)
 
 
@@ -55,6 +69,9 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
 
     ``y`` is (B, T, H, d), ``v`` (B, T, K, d); query head h belongs to value head h // (H/K).
     """
+    if torch.compiler.is_compiling():
+        direction = F.normalize(v.to(_wide(v.dtype)), dim=-1).repeat_interleave(y.size(2) // v.size(2), 2)
+        return (y - (y * direction).sum(-1, keepdim=True) * direction).to(y.dtype)
     return _RemoveOwnValue.apply(y, v)
 
 

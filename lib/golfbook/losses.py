@@ -20,6 +20,9 @@ def softcapped_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, cap:
     9-11); but positions go through in chunks, and since the loss is a mean its gradient is known as soon as the logits
     are, so the forward pass already computes it and the logits are never stored.
     """
+    if torch.compiler.is_compiling():  # which fuses this by itself, but for the last copy of the logits
+        logits = cap * torch.tanh(F.linear(hidden, head.to(hidden.dtype)).float() / cap)
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
     return _SoftcappedCrossEntropy.apply(hidden.flatten(0, -2), head, targets.flatten(), cap)
 
 

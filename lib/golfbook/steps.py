@@ -60,7 +60,8 @@ class TrainingStep:
             self.compiled = not obstacle
             self.notes.append(f"not compiled: {obstacle}" if obstacle else "compiled by torch.compile")
             if self.compiled:
-                compute = torch.compile(model.loss, dynamic=False, fullgraph=True)
+                # random numbers as in eager mode, for flow matching
+                compute = torch.compile(model.loss, dynamic=False, fullgraph=True, options={"fallback_random": True})
         self.module: nn.Module = _Loss(model, compute)
         if world > 1:
             # layer 0 has no use for its mix of values, so its parameters never get a gradient

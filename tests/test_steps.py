@@ -1,0 +1,151 @@
+"""One optimiser step: compiled and eager agree, warming up leaves no trace, capabilities choose, nothing recompiles."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from golfbook import devices, steps
+from golfbook.config import Config, load_config
+from golfbook.errors import RunError
+from golfbook.model import GPT, initialise
+from golfbook.steps import TrainingStep
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(bool(devices.why_not_compile(CPU)), reason=devices.why_not_compile(CPU))
+
+
+def tiny(preset: str = "pr1166_e2e_ttt_flow", **overrides) -> Config:
+    small = {"model.num_layers": 2, "model.xsa": 1, "model.recurrence": [], "train.precision": "float32"}
+    return load_config(preset, scale="tiny", overrides=small | {"train.sequence_length": 64} | overrides)
+
+
+def batch(config: Config, seed: int = 0, rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (rows, config.train.sequence_length + 1)
+    tokens = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def make(config: Config) -> TrainingStep:
+    return TrainingStep(initialise(GPT(config.model), 1), config, CPU)
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiled_equals_eager_and_nothing_is_compiled_after_the_warm_up(precision):
+    """Tolerance: the compiler orders sums differently; in bfloat16 it also rounds fewer intermediates."""
+    torch._dynamo.reset()
+    config = tiny(**{"train.precision": precision, "train.compile": True, "train.qat_start": 0.5})
+    compiled, eager = make(config), make(tiny(**{"train.precision": precision, "train.qat_start": 0.5}))
+    assert compiled.compiled and not eager.compiled and compiled.warm_up(4) == compiled.warmup_seconds > 0
+    graphs = steps.compiled_graphs()
+    assert graphs >= 1
+    tolerance = 1e-5 if precision == "float32" else 2e-2
+    for seed in range(4):
+        losses = [step(*batch(config, seed), lr_scale=0.1, quantized=seed > 1).item() for step in (compiled, eager)]
+        assert losses[0] == pytest.approx(losses[1], abs=tolerance)
+    assert steps.compiled_graphs() == graphs
+    if precision == "float32":
+        for name, value in eager.model.state_dict().items():
+            torch.testing.assert_close(compiled.model.state_dict()[name], value, atol=1e-3, rtol=0)
+
+
+@needs_compiler
+def test_the_warm_up_leaves_no_trace():
+    torch._dynamo.reset()
+    step = make(tiny("pr1170_nfm", **{"train.compile": True}))  # its loss draws random numbers
+    step(*batch(step.config))
+    generator, weights = torch.get_rng_state(), {k: v.clone() for k, v in step.model.state_dict().items()}
+    rates = [group["lr"] for optimizer in step.optimizers.values() for group in optimizer.param_groups]
+    states = {
+        (kind, id(parameter), key): value.clone()
+        for kind, optimizer in step.optimizers.items()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    step.warm_up(4)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(value, weights[name]) for name, value in step.model.state_dict().items())
+    assert rates == [group["lr"] for optimizer in step.optimizers.values() for group in optimizer.param_groups]
+    assert all(parameter.grad is None for parameter in step.model.parameters())
+    found = 0
+    for kind, optimizer in step.optimizers.items():
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                assert torch.equal(value, states[kind, id(parameter), key])
+                found += 1
+    assert found == len(states) > 0
+
+
+def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    step = make(tiny(**{"train.compile": True}))
+    assert not step.compiled and "not compiled: there is no C++ compiler" in step.notes
+    assert step.warm_up(4) == 0.0
+    assert step(*batch(step.config)).isfinite()
+
+
+def test_precision_follows_the_hardware(monkeypatch):
+    config = tiny(**{"train.precision": "auto"})
+    for amx, avx, expected in ((True, True, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        precision, reason = devices.choose_precision(config, CPU)
+        assert precision == expected and "CPU" in reason
+    assert devices.choose_precision(tiny(), CPU) == ("float32", "train.precision says so")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert devices.choose_precision(config, torch.device("cuda"))[0] == "float32"
+    with pytest.raises(RunError, match="sees no CUDA device"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        devices.choose_device(tiny(**{"train.device": "cuda"}))
+
+
+def test_float32_products_stay_float32_whatever_computes_them():
+    """The setting that hands products to oneDNN permits bfloat16, so a machine where it rounds must keep MKL."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        chosen = devices.prepare(1)
+        assert chosen in ("oneDNN", "torch's default")
+        generator = torch.Generator().manual_seed(3)
+        a, b = torch.randn(300, 200, generator=generator), torch.randn(200, 100, generator=generator)
+        error = ((a @ b).double() - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm()
+        assert error < devices.EXACT
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+def test_rounded_products_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    devices._onednn_is_exact.cache_clear()
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: bmm(a.bfloat16(), b.bfloat16()).float())
+    assert not devices._onednn_is_exact()
+    devices._onednn_is_exact.cache_clear()
+
+
+def test_the_ceiling_is_a_speed_of_products():
+    assert devices.product_ceiling(CPU, "float32", size=128, repeats=2) > 1e8
+
+
+def test_adamw_on_the_matrices_and_unknown_attention():
+    step = make(tiny(**{"train.matrix_optimizer": "adamw", "train.matrix_lr": 0.002}))
+    assert list(step.optimizers) == ["adam"]
+    trained = sum(len(group["params"]) for group in step.optimizers["adam"].param_groups)
+    assert trained == len(list(step.model.parameters()))
+    before = step.model.blocks[0].mlp.fc.weight.detach().clone()
+    step(*batch(step.config), momentum=0.9)
+    assert not torch.equal(before, step.model.blocks[0].mlp.fc.weight)
+    with pytest.raises(RunError, match="flash_attn_interface"):
+        make(tiny(**{"train.attention": "flash3"}))(*batch(step.config))
+
+
+def test_backends_of_attention_train_alike():
+    """Tolerance: softmax by blocks and torch's fused kernel round differently."""
+    losses = [
+        [step(*batch(step.config, seed)).item() for seed in range(3)]
+        for step in (make(tiny(**{"train.attention": name})) for name in ("blocked", "sdpa"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
