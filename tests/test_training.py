@@ -201,13 +201,15 @@ def test_recomputing_activations_changes_no_bit(corpus_file):
         {"train.averaging": "swa_of_ema", "train.swa_every": 1, "train.swa_start": 0.9},
         {"train.averaging": "none"},
         {"train.qat_start": 0.9},
+        {"train.qat_start": 0.9, "train.qat_rule": "published"},
         {"train.loader": "coprime"},
         {"train.precision": "bfloat16"},
+        {"train.matrix_optimizer": "adamw", "train.matrix_lr": 0.005},
         {"train.muon_row_norm": True},
         {"train.newton_schulz_coefficients": "polar_express"},
         {"train.lr_warmup_steps": 3, "train.warmdown_shape": "cosine", "train.min_lr_scale": 0.1},
     ],
-    ids=lambda o: next(iter(o.values())) if "averaging" in next(iter(o)) else next(iter(o)).removeprefix("train."),
+    ids=lambda o: "-".join(f"{key.removeprefix('train.')}={value}" for key, value in o.items()),
 )
 def test_every_way_to_train_matters_and_resumes_exactly(corpus_file, monkeypatch, overrides):
     plain = load_averaged(make_run(corpus_file, "plain"))

@@ -255,6 +255,11 @@ class TrainConfig(Section):
     qat_start: Fraction = Field(
         0.0, description="fake-quantise once the learning-rate scale falls below this; 0: never"
     )
+    qat_rule: Literal["exported", "published"] = Field(
+        "exported",
+        description="exported: what the exporter stores, as it stores it; published: the two projections and the "
+        "rounding that PR 1166's and 1406's flag would reach where it takes effect",
+    )
     micro_batches: Positive = Field(1, description="pieces a process cuts its batch into, to save memory")
     loader: Literal["sequential", "coprime"] = Field("sequential", description="order of windows in the shards")
     precision: Literal["float32", "bfloat16", "auto"] = Field(

@@ -21,7 +21,7 @@ from golfbook.config import Config
 from golfbook.errors import RunError
 from golfbook.model import GPT
 from golfbook.muon import make_optimizers
-from golfbook.qat import fake_quantized
+from golfbook.qat import fake_quantized, published_fake_quantized
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -98,7 +98,7 @@ class TrainingStep:
                 group["lr"] = group["base_lr"] * lr_scale
         if momentum is not None and "muon" in self.optimizers:
             self.optimizers["muon"].param_groups[0]["momentum"] = momentum
-        with fake_quantized(self.model, self.config.quantize) if quantized else contextlib.nullcontext():
+        with self._fake_quantized() if quantized else contextlib.nullcontext():
             loss = self.backward(inputs, targets)
             trained = [p for p in self.model.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
@@ -123,6 +123,11 @@ class TrainingStep:
                 part.backward()
             loss += part.detach()
         return loss
+
+    def _fake_quantized(self) -> contextlib.AbstractContextManager[object]:
+        if self.config.train.qat_rule == "published":
+            return published_fake_quantized(self.model)
+        return fake_quantized(self.model, self.config.quantize)
 
     def _averaging_at(self, last: bool) -> contextlib.AbstractContextManager[None]:
         if isinstance(self.module, DistributedDataParallel) and not last:

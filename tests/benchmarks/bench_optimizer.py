@@ -19,12 +19,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from golfbook import devices
 from golfbook.config import TrainConfig, load_config
 from golfbook.model import GPT, initialise
 from golfbook.muon import make_optimizers, parameter_groups
 
 PARTS = ("Muon", "AdamW")
 Side = dict[str, Callable[[], None]]  # a step of each part
+
+
+def plain_products() -> None:
+    """Float32 products as torch does them by default; the library's side takes those of the trainer."""
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 
 
 def plain_newton_schulz(x: Tensor) -> Tensor:
@@ -82,7 +88,7 @@ def our_side(model: GPT, config: TrainConfig) -> Side:
     return {"Muon": muon.step, "AdamW": adam.step}
 
 
-def measure(preset: str, precision: str, repeats: int, device: str) -> None:
+def measure(preset: str, precision: str, repeats: int, device: str, threads: int) -> None:
     """Time both sides at the size of ``preset``, iteration and momentum in ``precision``, and print them."""
     config = load_config(preset, overrides={"train.muon_dtype": precision, "train.muon_momentum_dtype": precision})
     models = [initialise(GPT(config.model), seed=0).to(device)]
@@ -101,6 +107,7 @@ def measure(preset: str, precision: str, repeats: int, device: str) -> None:
     busy: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 2):  # two rounds warm up
         for name, side in sides.items():
+            devices.prepare(threads) if name == "golfbook.muon" else plain_products()
             started_busy = time.process_time()
             for part in PARTS:
                 started = time.perf_counter()
@@ -148,7 +155,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for preset in options.sizes:
         for precision in options.precisions:
-            measure(preset, precision, options.repeats, options.device)
+            measure(preset, precision, options.repeats, options.device, options.threads)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ each matrix is a parameter and an orthogonalisation of its own, as in PR 1170 an
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from bench_optimizer import plain_side
+from bench_optimizer import PlainMuon
 from bench_ttt_linear import plain_loop
 from torch import Tensor, nn
 
-from golfbook.config import Config, ModelConfig
+from golfbook.config import Config, ModelConfig, TrainConfig
 from golfbook.model import GPT
+from golfbook.muon import parameter_groups
 
 BANKS = {
     "qo": ("attn.c_q.weight", "attn.proj.weight"),
@@ -147,3 +147,73 @@ class PlainGPT(nn.Module):
             x = x + self.flow(x)
         logits = config.logit_softcap * torch.tanh(self.linear(x, "tok_emb.weight").float() / config.logit_softcap)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class BankMuon:
+    """Muon on stacks of matrices (n, rows, columns), all matrices of a stack at once, as PR 1166's code does it."""
+
+    def __init__(self, banks: list[Tensor], config: TrainConfig) -> None:
+        self.banks, self.config = banks, config
+        self.dtype = getattr(torch, config.muon_dtype)
+        self.momenta = [torch.zeros_like(b, dtype=getattr(torch, config.muon_momentum_dtype)) for b in banks]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every bank."""
+        config = self.config
+        for bank, momentum in zip(self.banks, self.momenta, strict=True):
+            assert bank.grad is not None
+            gradient = bank.grad.to(momentum.dtype)
+            momentum.mul_(config.muon_momentum).add_(gradient)
+            x = (gradient + config.muon_momentum * momentum).to(self.dtype)
+            tall = x.size(-2) > x.size(-1)
+            x = x.mT if tall else x
+            x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+            for _ in range(config.newton_schulz_steps):
+                gram = x @ x.mT
+                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
+            x = x.mT if tall else x
+            bank.mul_(1 - config.matrix_lr * config.muon_weight_decay)
+            bank.sub_(config.matrix_lr * max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5 * x.to(bank.dtype))
+
+
+class PlainStep:
+    """Forward, backward, clipping and update of :class:`PlainGPT`, called like :class:`golfbook.steps.TrainingStep`."""
+
+    def __init__(self, model: GPT, config: Config, device: torch.device, banks: bool) -> None:
+        train = config.train
+        self.model, self.config, self.device = PlainGPT(model, banks).to(device), train, device
+        groups = parameter_groups(model, train)
+        own = self.model.weights
+        tables = {name.replace(".", "/") for name in groups["embed"]}
+        stacks = [parameter for name, parameter in own.items() if name.startswith("bank ")]
+        matrices = {name.replace(".", "/") for name in groups["matrix"]} & set(own)
+        self.muon: list[BankMuon | PlainMuon] = [BankMuon(stacks, train)] if stacks else []
+        if matrices:
+            self.muon.append(PlainMuon([own[name] for name in matrices], train))
+        used = {id(p) for p in (*stacks, *(own[name] for name in matrices | tables))}
+        others = [parameter for parameter in self.model.parameters() if id(parameter) not in used]
+        self.adam = torch.optim.AdamW(
+            [
+                {"params": [own[name] for name in tables], "lr": train.embed_lr},
+                {"params": others, "lr": train.scalar_lr},
+            ],
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_eps,
+            weight_decay=train.adam_weight_decay,
+            foreach=False,
+            fused=False,
+        )
+        self.autocast = config.train.precision == "bfloat16"
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Take one step; returns the loss before it."""
+        self.model.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = self.model(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        for muon in self.muon:
+            muon.step()
+        self.adam.step()
+        return loss.detach()
