@@ -136,6 +136,12 @@ def test_collect_prints_the_table_and_the_files(
     assert call(monkeypatch, "collect", "mine") == 0
     text = capsys.readouterr().out
     assert "2.2000 ± 0.1000" in text and "BPB after training" in text and "runs/mine/results.parquet" in text
+    assert not (project.root / "runs/reference").exists()
+    create_run("mine", "base", load_config("quickstart", seed=4))
+    assert call(monkeypatch, "collect", "mine", "--reference") == 0
+    text = capsys.readouterr().out
+    assert "runs/reference/mine/results.csv" in text and "runs/reference/mine/curves.csv" in text
+    assert "4 runs, 3 of them finished and in the reference tables" in text
 
 
 @pytest.mark.parametrize("study", ["..", ".", "published", "published/quickstart", "../elsewhere", "empty"])

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from PIL import Image
 
 from golfbook import figures, scoring, size_figures, statistics, text_figures
 from golfbook.config import TrainConfig
 from golfbook.errors import GolfbookError, RunError
+from golfbook.schedules import schedule_table
+
+
+def legend(axes: Axes) -> list[str]:
+    found = axes.get_legend()
+    return [text.get_text() for text in found.get_texts()] if found else []
+
 
 METRICS = [
     {"kind": "validation", "step": 0, "val_bpb": 4.2, "val_loss": 7.0, "seconds": 0.0},
@@ -26,6 +35,21 @@ SEEDS = pd.DataFrame(
     [("a", 1, 2.10), ("a", 2, 2.12), ("a", 3, 2.15), ("b", 1, 2.20), ("b", 2, 2.21)],
     columns=["variant", "seed", "val_bpb"],
 )
+
+
+EVERYTHING = {
+    "warmdown_shape": "cosine", "min_lr_scale": 0.1, "lr_warmup_steps": 2, "max_seconds": 5.0, "averaging": "swa",
+    "swa_start": 0.8, "swa_every": 1, "qat_start": 0.5,
+}  # fmt: skip
+
+
+def schedule_config(**changes: Any) -> TrainConfig:
+    """Ten steps, the last four a warmdown; a batch of one sequence."""
+    settings = {
+        "steps": 10, "warmdown_steps": 4, "muon_momentum_warmup_steps": 5, "muon_momentum_start": 0.8,
+        "muon_momentum": 0.9, "batch_tokens": 64, "sequence_length": 64, "ema_decay": 0.5,
+    }  # fmt: skip
+    return TrainConfig(**{**settings, **changes})
 
 
 def examples() -> dict[str, figures.Picture]:
@@ -44,9 +68,9 @@ def examples() -> dict[str, figures.Picture]:
     return {
         "training_curve": figures.training_curve(METRICS, steps=40, unigram_bpb=3.5),
         "training_curve of nothing": figures.training_curve([], steps=40),
-        "schedule": figures.schedule([1.0, 1.0, 0.5], [0.85, 0.9, 0.95], 0.98),
-        "schedule without averaging": figures.schedule([1.0], [0.9], 0.0),
-        "singular_values": figures.singular_values([3.0, 1.0], [[0.9, 0.5], [1.0, 0.8]]),
+        "schedule": figures.schedule(schedule_config()),
+        "schedule with everything": figures.schedule(schedule_config(**EVERYTHING), 0.5),
+        "schedule of one step of AdamW": figures.schedule(schedule_config(steps=1, matrix_optimizer="adamw")),
         "seeds": figures.seeds(SEEDS, unigram_bpb=3.5),
         "seeds_needed": figures.seeds_needed(0.002, 0.001),
         "bytes_per_token": text_figures.bytes_per_token([0, 1, 1, 3]),
@@ -176,16 +200,59 @@ def test_unigram_entropy_is_a_line_or_said_to_be_off_the_scale() -> None:
         assert expected in [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_schedule_of_a_config_follows_the_formulas() -> None:
-    train = TrainConfig(
-        steps=10, warmdown_steps=4, muon_momentum_warmup_steps=5, muon_momentum_start=0.8, muon_momentum=0.9,
-        batch_tokens=64, sequence_length=64, ema_decay=0.5,
-    )  # fmt: skip
-    scale, momentum, average = (axes.lines[0].get_ydata() for axes in figures.schedule_of(train).axes)
-    assert scale == pytest.approx([1] * 7 + [0.75, 0.5, 0.25])
-    assert momentum == pytest.approx([0.8, 0.82, 0.84, 0.86, 0.88] + [0.9] * 5)
-    assert average[-1] == 0.5
-    assert sum(average) == pytest.approx(1 - 0.5**10)
+def test_schedule_follows_the_formulas() -> None:
+    rate, momentum, average = figures.schedule(schedule_config()).axes
+    assert rate.lines[0].get_ydata() == pytest.approx([1] * 7 + [0.75, 0.5, 0.25])
+    assert momentum.lines[0].get_ydata() == pytest.approx([0.8, 0.82, 0.84, 0.86, 0.88] + [0.9] * 5)
+    shares = average.lines[0].get_ydata()
+    assert shares[-1] == 0.5
+    assert sum(shares) == pytest.approx(1 - 0.5**10)
+    assert legend(rate) == ["learning-rate scale", "linear warmdown from step 6"]
+
+
+def test_schedule_shows_everything_that_a_config_can_say() -> None:
+    """Clock of 5 s at half a second a step: ten steps, and every mark where the table of the schedule has it."""
+    config = schedule_config(**EVERYTHING)
+    table = schedule_table(config, 0.5)
+    rate, _, average = figures.schedule(config, 0.5).axes
+    assert rate.lines[0].get_ydata() == pytest.approx(table["lr_scale"])
+    snapshots = next(line for line in rate.lines if "snapshots" in str(line.get_label()))
+    assert list(snapshots.get_xdata()) == list(table["step"][table["snapshot"]])
+    assert legend(rate) == [
+        "learning-rate scale", "warm-up", "cosine warmdown from step 6", "ends at 0.1 of the base rates",
+        f"{table['snapshot'].sum()} SWA snapshots below 0.8",
+        f"fake-quantised below 0.5: from step {table['step'][table['qat']][0]}",
+    ]  # fmt: skip
+    assert average.get_title(loc="left") == f"SWA of {table['snapshot'].sum()} snapshots"
+    assert average.lines[0].get_ydata() == pytest.approx([1 / table["snapshot"].sum()] * table["snapshot"].sum())
+    (clock,) = rate.child_axes
+    assert clock.get_xlabel() == "training time (s)"
+    slow = figures.schedule(config, 1.0)
+    assert "5 of 10 steps" in slow.get_suptitle() and len(slow.axes[0].lines[0].get_xdata()) == 5
+
+
+def test_schedule_says_what_never_happens() -> None:
+    rate, momentum, average = figures.schedule(
+        schedule_config(warmdown_steps=0, averaging="swa", qat_start=0.5, matrix_optimizer="adamw")
+    ).axes
+    assert legend(rate) == ["learning-rate scale", "SWA: no snapshot is taken", "fake quantisation never starts"]
+    assert average.get_title(loc="left") == "SWA without a snapshot: the last weights"
+    assert "AdamW" in momentum.texts[0].get_text()
+
+
+def test_gif_has_all_frames_and_their_times() -> None:
+    def frames() -> list[figures.Picture]:
+        return [size_figures.budget({"code": n * 1_000_000}) for n in (1, 4, 9)]
+
+    data = figures.gif(frames(), [100, 200, 300])
+    assert data == figures.gif(frames(), [100, 200, 300])
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "GIF" and image.n_frames == 3
+        times = []
+        for index in range(3):
+            image.seek(index)
+            times.append(image.info["duration"])
+    assert times == [100, 200, 300]
 
 
 def test_windows_draws_the_plan() -> None:

@@ -59,8 +59,10 @@ ORDER = [
     "text_figures",
     "size_figures",
     "architecture_figures",
+    "training_figures",
     "panels",
     "architecture_panels",
+    "training_panels",
     "reports",
     "cli",
 ]

@@ -337,6 +337,58 @@ def test_renamed_and_removed_variants_leave_the_tables(
     assert by_hand.path.name in {row["run"] for row in results.rows("small")}
 
 
+def test_reference_tables_hold_settings_scores_and_curves(project: Project) -> None:
+    project.write_job(seeds=[1, 2], variants={"base": {}, "wide": {"model.xsa": [0, 1], "train.batch_tokens": 4096}})
+    made = jobs.plan(project.job)
+    for index, planned in enumerate(made.runs):
+        run = create_run(made.study, planned.variant, planned.config)
+        if index == 3:
+            run.write_failure("training", "the loss is nan")
+            continue
+        run.checkpoint_path.write_text("x")
+        values = {"val_bpb": 2.0 + index / 3, "steps": 10, "weights": "moving average", "log": "not kept"}
+        run.write_result("training", values, reads={}, writes=run.checkpoint_path)
+        run.append_metrics({"kind": "train", "step": 5, "loss": 3.0, "seconds": 1.0})
+        for step in (0, 10):
+            bpb = 3.0 - step / 10 + index / 3
+            run.append_metrics({"kind": "validation", "step": step, "val_bpb": bpb, "seconds": step / 4})
+    files, count = results.export_reference(made.study)
+    assert files == [project.root / "runs/reference" / made.study / name for name in ("results.csv", "curves.csv")]
+    table, curves = map(pd.read_csv, files)
+    assert count == len(table) == 3, "what did not finish is not in the tables"
+    first = [
+        "variant",
+        "seed",
+        "config_hash",
+        "train.batch_tokens",
+        "model.xsa",
+        "training_val_bpb",
+        "steps",
+        "weights",
+    ]
+    assert set(first) <= set(table) and "log" not in table and "train.steps" not in table and "preset" not in table
+    wide = table[table["variant"] == "wide"].iloc[0]
+    assert (wide["model.xsa"], wide["train.batch_tokens"]) == ("[0,1]", 4096)
+    assert table["golfbook_version"].nunique() == 1 and table["code_sha256"].str.len().eq(64).all()
+    assert list(curves) == ["variant", "seed", "step", "tokens_seen", "seconds", "val_bpb"]
+    mine = curves[curves["variant"] == "wide"]
+    assert mine["tokens_seen"].tolist() == [0, 40960] and mine["seconds"].tolist() == [0.0, 2.5]
+    by_run = table.set_index(["variant", "seed"])["training_val_bpb"]
+    last = curves[curves["step"] == 10].set_index(["variant", "seed"])["val_bpb"]
+    assert last.to_dict() == pytest.approx(by_run.to_dict(), abs=1e-6)
+    before = [path.read_bytes() for path in files]
+    results.export_reference(made.study)
+    assert [path.read_bytes() for path in files] == before
+    assert made.study in results.studies() and "reference" not in results.studies()
+
+
+def test_a_study_without_a_finished_run_has_no_reference_tables(project: Project) -> None:
+    create_run("mine", "base", load_config("quickstart", seed=1))
+    with pytest.raises(RunError, match="has no finished run"):
+        results.export_reference("mine")
+    assert not results.reference_folder("mine").exists()
+
+
 def test_one_name_for_two_configurations_is_never_averaged(
     project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

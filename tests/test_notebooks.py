@@ -209,11 +209,24 @@ def test_finished_stages_are_shown_and_not_repeated(home: Path, scored: tuple[nb
     _, run = scored
     before = {path: path.read_bytes() for path in run.path.glob("result.*.json")}
     assert len(before) == 3
-    for name, least in (("03_training", 3), ("04_quantization", 5)):  # run_dir wins over the other parameters
+    for name, least in (("03_training", 5), ("04_quantization", 5)):  # run_dir wins over the other parameters
         notebook = execute(home, name, run_dir=str(run.path), seed=99, study="elsewhere")
         assert pictures(notebook) >= least, name
     assert {path: path.read_bytes() for path in before} == before
     assert list_runs("elsewhere") == []
+
+
+def test_training_without_the_tables_of_its_study_says_how_to_make_them(
+    home: Path, scored: tuple[nbformat.NotebookNode, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("notebooks", "papermill_jobs", "runs/published"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        (tmp_path / part).symlink_to(FOLDER.parent / part)
+    monkeypatch.setenv("GOLFBOOK_ROOT", str(tmp_path))
+    notebook = execute(home, "03_training", run_dir=str(scored[1].path))
+    printed = json.dumps(notebook.cells)
+    assert "golfbook run papermill_jobs/training.yaml; golfbook collect training --reference" in printed
+    assert pictures(notebook) >= 5 and "Reference study." not in json.dumps(notebook.cells[-2].outputs)
 
 
 @pytest.mark.parametrize(("name", "done"), [("03_training", 1), ("04_quantization", 2)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +65,12 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         ("losses", "text", ""),
         ("windows", "stride", 8),
         ("schedule", "warmdown_steps", 4),
+        ("schedule", "warmdown_shape", "cosine"),
+        ("schedule", "min_lr_scale", 0.5),
+        ("schedule", "lr_warmup_steps", 5),
+        ("schedule", "averaging", "swa"),
+        ("schedule", "qat_start", 0.5),
+        ("schedule", "clock", True),
         ("schedule", "muon_momentum_warmup_steps", 3),
         ("schedule", "ema_decay", 0.0),
         ("bits_and_clip", "bits", 3),
@@ -153,6 +160,31 @@ def test_show_gives_controls_with_a_picture_beside_or_the_picture_alone(
     assert shown[0].data == panel.png()
     assert "application/vnd.jupyter.widget-view+json" in shown[1]
     assert base64.b64decode(shown[1]["image/png"]) == panel.png()
+
+
+def test_the_clock_of_the_schedule_panel_shortens_the_run(tokenizer: Tokenizer) -> None:
+    panel = make_panel("schedule", tokenizer)
+    whole, slow = (panel.figure(clock=True, fits=fits).axes[0].lines[0].get_ydata() for fits in (20, 10))
+    assert list(whole) == list(panel.figure().axes[0].lines[0].get_ydata())
+    assert len(slow) == 10 and slow[-1] == pytest.approx(whole[-1])  # the warmdown ends with the time all the same
+
+
+def test_play_gives_a_gif_or_the_last_frame_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    drawn: list[int] = []
+    monkeypatch.setattr(IPython.display, "display", lambda value, **_: shown.append(value))
+
+    def frame(code: int) -> figures.Picture:
+        drawn.append(code)
+        return size_figures.budget({"code": code})
+
+    frames = [functools.partial(frame, code) for code in (10, 1_000_000)]
+    monkeypatch.setenv("GOLFBOOK_STATIC", "1")
+    panels.play(frames, [100, 100])
+    assert drawn == [1_000_000] and shown[0].data == figures.png(frames[-1]())
+    monkeypatch.setenv("GOLFBOOK_STATIC", "0")
+    panels.play(frames, [100, 100])
+    assert shown[1].data[:6] == b"GIF89a" and shown[1].format == "gif"
 
 
 def test_clip_quantize_follows_the_quantiser() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from golfbook.averaging import WeightAverage
 from golfbook.config import TrainConfig
-from golfbook.schedules import lr_scale, muon_momentum, qat_active, schedule_table, snapshot_due
+from golfbook.schedules import lr_scale, muon_momentum, qat_active, schedule_table, snapshot_due, step_weights
 
 CONFIGS = st.builds(
     TrainConfig,
@@ -100,3 +102,21 @@ def test_a_warm_up_starts_neither_snapshots_nor_qat():
     assert not table["snapshot"][:50].any() and not table["qat"][:50].any()
     assert table["snapshot"][91:].all() and table["qat"][91:].all() and not table["qat"][90]
     assert not qat_active(5, 0.1, config) and qat_active(95, 0.1, config) and snapshot_due(95, 0.1, config)
+
+
+@pytest.mark.parametrize("averaging", ["none", "ema", "swa", "swa_of_ema"])
+@pytest.mark.parametrize("changes", [{}, {"swa_start": 0.0}, {"ema_decay": 0.0}, {"steps": 1}])
+def test_step_weights_are_what_the_average_does(averaging, changes):
+    """Weights that are a different unit vector after each step: the average then holds the share of every step."""
+    settings = {"steps": 30, "warmdown_steps": 20, "swa_start": 0.6, "swa_every": 3, "ema_decay": 0.8, **changes}
+    config = TrainConfig(averaging=averaging, **settings)
+    table = schedule_table(config)
+    steps = len(table["step"])
+    unit = torch.eye(steps + 1)
+    average = WeightAverage(config, {"w": unit[0]})
+    for step, scale in enumerate(table["lr_scale"]):
+        average.update(step, float(scale), {"w": unit[step + 1]})
+    expected = average.result({"w": unit[steps]})["w"].numpy()
+    shares, initial = step_weights(config, table)
+    np.testing.assert_allclose(np.concatenate([[initial], shares]), expected, atol=1e-6)
+    assert initial + shares.sum() == pytest.approx(1)

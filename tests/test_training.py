@@ -176,6 +176,54 @@ def test_two_processes_take_the_same_steps_as_one(corpus_file):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+def wait_for_points(run: Run, more_than: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(run.read_metrics()) <= more_than:
+        assert time.monotonic() < deadline and launcher.is_running(run), launcher.log_tail(run)
+        time.sleep(0.005)
+
+
+def test_a_rank_that_dies_ends_the_run_by_name_and_it_resumes(corpus_file):
+    settings = {"train.processes": 2, "train.steps": 400, "train.checkpoint_every": 20}
+    whole, run = (make_run(corpus_file, name, **settings) for name in ("whole", "widowed"))
+    launcher.launch(whole)
+    launcher.follow(whole, poll=0.05)
+    launcher.launch(run)
+    wait_for_points(run, 10)
+    victim = next(p for p in workers(run) if p.environ().get("RANK") == "1")
+    os.kill(victim.pid, signal.SIGKILL)
+    with pytest.raises(RunError, match=r"the process of rank 1 was killed by SIGKILL\); run it again to resume"):
+        launcher.follow(run, poll=0.05)
+    assert not workers(run)
+    launcher.launch(run)
+    assert launcher.follow(run, poll=0.05)["steps"] == 400
+    assert same(load_file(run.checkpoint_path), load_file(whole.checkpoint_path))
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_at_random_points_the_weights_are_those_of_a_straight_run(corpus_file):
+    settings = {"train.steps": 1500, "train.checkpoint_every": 7, "train.log_every": 5}
+    whole, run = (make_run(corpus_file, name, **settings) for name in ("whole", "killed"))
+    train_here(whole)
+    generator, steps = np.random.default_rng(0), []
+    for kill in range(20):
+        launcher.launch(run)
+        if kill % 4:  # every fourth time wherever it is after up to four seconds: in imports, in the first steps
+            wait_for_points(run, len(run.read_metrics()))
+        time.sleep(float(generator.uniform(0, 0.4 if kill % 4 else 4.0)))
+        assert launcher.is_running(run), "finished before the last kill: more steps are needed"
+        agent = psutil.Process(json.loads((run.path / "trainer.json").read_text())["pid"])
+        family = [*agent.children(recursive=True), agent]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=30)
+        steps.append(read_progress(run.checkpoint_path)["step"] if run.checkpoint_path.exists() else 0)
+    launcher.launch(run)
+    assert launcher.follow(run, poll=0.05)["steps"] == 1500
+    assert steps == sorted(steps) and len(set(steps)) > 5 and steps[-1] < 1500
+    assert same(load_file(run.checkpoint_path), load_file(whole.checkpoint_path))
+
+
 def test_gradient_accumulation_equals_the_large_batch(corpus_file):
     """Tolerance as for two processes: the mean of parts rounds differently."""
     whole, parts = (

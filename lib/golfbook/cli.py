@@ -124,18 +124,33 @@ def status(
     reports.show_study(console, study)
 
 
-@app.command(epilog="Example: `golfbook collect quickstart`")
-def collect(study: Annotated[str, typer.Argument(help="Name of a study: a folder under runs/.")]) -> None:
-    """Gather the results of a study into results.parquet (a row a run) and metrics.parquet (a row a point)."""
+@app.command(epilog="Examples: `golfbook collect quickstart`, `golfbook collect training --reference`")
+def collect(
+    study: Annotated[str, typer.Argument(help="Name of a study: a folder under runs/.")],
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Also write the small tables of runs/reference/STUDY/, to be committed.")
+    ] = False,
+) -> None:
+    """Gather the results of a study into results.parquet (a row a run) and metrics.parquet (a row a point).
+
+    With `--reference` also into `results.csv` and `curves.csv` under `runs/reference/`, from which the notebooks draw
+    what the project's own studies found: settings that differ, scores, validation curves, and what made them.
+    """
     from golfbook import reports, results
     from golfbook.files import runs_root
 
     console = Console()
     frame = results.collect(study)
     reports.show_study(console, study)
-    for name in ("results.parquet", "metrics.parquet"):
-        console.print(reports.show_path(runs_root() / study / name), soft_wrap=True, highlight=False)
-    console.print(f"{len(frame)} runs")
+    written = [runs_root() / study / name for name in ("results.parquet", "metrics.parquet")]
+    note = f"{len(frame)} runs"
+    if reference:
+        tables, count = results.export_reference(study)
+        written += tables
+        note += f", {count} of them finished and in the reference tables"
+    for path in written:
+        console.print(reports.show_path(path), soft_wrap=True, highlight=False)
+    console.print(note)
 
 
 @app.command(epilog="Examples: `golfbook presets`, `golfbook presets quickstart`")

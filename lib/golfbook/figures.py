@@ -22,13 +22,13 @@ import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from PIL import Image
 from scipy import stats
 
 from golfbook.config import TrainConfig
 from golfbook.errors import GolfbookError
 from golfbook.files import atomic_path, atomic_write_bytes, figures_root
-from golfbook.schedules import schedule_table
+from golfbook.schedules import schedule_table, step_weights
 from golfbook.statistics import describe
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -99,6 +99,23 @@ def png(figure: Figure, dpi: int = DPI) -> bytes:
     return buffer.getvalue()
 
 
+def gif(frames: Sequence[Picture], milliseconds: Sequence[int], *, dpi: int = 80, colours: int = 48) -> bytes:
+    """An endless animation as GIF bytes; ``milliseconds`` has how long each of ``frames`` is shown.
+
+    All frames share one palette of ``colours``, made from the last one, which keeps files small and colours steady.
+    Frames must be of one size. Written by Pillow, as matplotlib's own writer does, which knows neither palettes nor
+    frames of different lengths.
+    """
+    images = [Image.open(io.BytesIO(png(frame, dpi))).convert("RGB") for frame in frames]
+    palette = images[-1].quantize(colours, dither=Image.Dither.NONE)
+    flat = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    buffer = io.BytesIO()
+    flat[0].save(
+        buffer, format="GIF", save_all=True, append_images=flat[1:], duration=list(milliseconds), loop=0, optimize=True
+    )
+    return buffer.getvalue()
+
+
 def save(figure: Figure, name: str, table: pd.DataFrame | None = None) -> list[Path]:
     """Write ``<name>.png``, ``<name>.svg`` and, with a ``table``, ``<name>.csv`` into the figures folder; return them.
 
@@ -165,69 +182,108 @@ def training_curve(
 
 
 @styled
-def schedule(lr_scale: ArrayLike, momentum: ArrayLike, ema_decay: float) -> Picture:
-    """Learning-rate scale and Muon momentum of every step, and what each step weighs in the averaged weights.
+def schedule(train: TrainConfig, step_seconds: float | None = None) -> Picture:
+    """All that changes from step to step in a training configuration, by the functions the training loop itself uses.
 
-    ``lr_scale`` and ``momentum`` have one value a step, the steps 0, 1, ... in order.
+    Left the learning-rate scale with warm-up, warmdown, snapshots and fake quantisation; right Muon's momentum and what
+    each step's weights make up of those handed on. With ``train.max_seconds`` a step is taken to last ``step_seconds``
+    (default: so long that time and steps end together), and an upper axis shows the clock.
     """
-    scale, mu = np.asarray(lr_scale, float), np.asarray(momentum, float)
-    steps = np.arange(len(scale))
-    figure, (left, middle, right) = new(3, width=10.0, height=3.4)
-    left.plot(steps, scale, color=ORANGE)
-    left.fill_between(steps, scale, color=ORANGE, alpha=0.2, linewidth=0)
-    falling = int(np.argmax(scale < 1)) if bool((scale < 1).any()) else len(scale)
-    left.set(title=f"LR: flat for {falling} steps,\nthen linear to 0", ylabel="learning-rate scale", ylim=(0, 1.08))
-    middle.plot(np.arange(len(mu)), mu, color=BLUE)
-    middle.set(title=f"Muon momentum\n{mu[0]:.3g} to {mu[-1]:.3g}", ylabel="momentum", ylim=(min(mu) - 0.02, 1.0))
-    if ema_decay:
-        weight = (1 - ema_decay) * ema_decay ** np.arange(len(scale))[::-1]
-        right.plot(steps, weight, color=GREEN)
-        right.fill_between(steps, weight, color=GREEN, alpha=0.2, linewidth=0)
-        start = ema_decay ** len(scale)
-        part = f"{start:.1%}" if start >= 0.0005 else "under 0.1%"
-        right.set_title(f"EMA {ema_decay:g}: initial weights\nmake up {part} of the result")
+    table = schedule_table(train, step_seconds)
+    steps = table["step"]
+    figure = Picture(figsize=(10.0, 4.8), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.7, 1))
+    rate, momentum = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1])
+    average = figure.add_subplot(grid[1, 1])
+    _draw_rate(rate, train, table)
+    if train.max_seconds:
+        seconds = step_seconds if step_seconds is not None else train.max_seconds / train.steps
+        clock = rate.secondary_xaxis(
+            "top", functions=(lambda x: np.asarray(x) * seconds, lambda x: np.asarray(x) / max(seconds, 1e-9))
+        )
+        clock.set_xlabel("training time (s)")
+    mu = table["muon_momentum"]
+    if train.matrix_optimizer == "muon":
+        momentum.plot(steps, mu, color=BLUE, marker="o" if len(steps) < 3 else None)
+        momentum.set_title(f"Muon momentum {mu[0]:.3g} to {mu[-1]:.3g}", fontsize=11)
+        momentum.set(ylabel="momentum", ylim=(min(mu) - 0.02, 1.0))
     else:
-        right.set_title("EMA off: the last weights\nare the result")
-    right.set(ylabel="weight in the average")
-    for axes in (left, middle, right):
-        axes.set(xlabel="optimiser step", xlim=(0, max(len(scale) - 1, 1)))
+        momentum.text(0.5, 0.5, "no Muon: AdamW's two decays\nare constant", transform=momentum.transAxes, ha="center")
+        momentum.set_title("Momentum", fontsize=11)
+        momentum.set_yticks([])
+    _draw_average(average, train, table)
+    for axes in (rate, momentum, average):
+        axes.set(xlabel="optimiser step", xlim=(-0.01 * len(steps), 1.01 * max(len(steps) - 1, 1)))
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+    figure.suptitle(_schedule_words(train, len(steps)), x=0.01, ha="left", fontsize=12)
     return figure
 
 
-def schedule_of(train: TrainConfig) -> Picture:
-    """:func:`schedule` of a training configuration, with the very functions the training loop uses."""
-    table = schedule_table(train)
-    return schedule(table["lr_scale"], table["muon_momentum"], train.ema_decay)
+def _draw_rate(axes: Axes, train: TrainConfig, table: Mapping[str, np.ndarray]) -> None:
+    """Learning-rate scale, with spans and marks for what starts when."""
+    steps, scale = table["step"], table["lr_scale"]
+    axes.plot(steps, scale, color=ORANGE, marker="o" if len(steps) < 3 else None, label="learning-rate scale")
+    axes.fill_between(steps, scale, color=ORANGE, alpha=0.15, linewidth=0)
+    if train.lr_warmup_steps:
+        axes.axvspan(0, min(train.lr_warmup_steps, len(steps)), color=SKY, alpha=0.25, linewidth=0, label="warm-up")
+    falling = np.flatnonzero((scale < 1) & (steps >= train.lr_warmup_steps))
+    if len(falling):
+        start = max(int(falling[0]) - 1, 0)  # the last step at the full rate: the warmdown's share left is just 1
+        label = f"{train.warmdown_shape} warmdown from step {start}"
+        axes.axvline(start, color=BLACK, linewidth=1.2, linestyle="--", label=label)
+    if train.min_lr_scale and len(falling):
+        label = f"ends at {train.min_lr_scale:g} of the base rates"
+        axes.axhline(train.min_lr_scale, color=GREY, linewidth=1.2, linestyle=":", label=label)
+    if train.averaging in ("swa", "swa_of_ema"):
+        taken = steps[table["snapshot"]]
+        label = f"{len(taken)} SWA snapshots below {train.swa_start:g}" if len(taken) else "SWA: no snapshot is taken"
+        axes.plot(taken, scale[table["snapshot"]], "D", color=GREEN, markersize=4.5, label=label)
+    if train.qat_start:
+        on = steps[table["qat"]]
+        label = (
+            f"fake-quantised below {train.qat_start:g}: from step {on[0]}"
+            if len(on)
+            else "fake quantisation never starts"
+        )
+        if len(on):
+            axes.axvspan(on[0], on[-1] + 1, color=PURPLE, alpha=0.3, linewidth=0, label=label)
+        else:
+            axes.plot([], [], " ", label=label)
+    axes.set(ylabel="share of the base rates", ylim=(0, 1.05), title="Learning rate")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9)
 
 
-@styled
-def singular_values(before: ArrayLike, after: Sequence[ArrayLike], *, name: str = "") -> Picture:
-    """Singular values of a gradient and of what 1, 2, ... Newton-Schulz steps make of it, largest first."""
-    first = np.asarray(before, float)
-    figure, (left, right) = new(2, height=3.6)
-    left.plot(np.arange(1, len(first) + 1), np.maximum(first / first[0], 1e-6), color=GREY, label="gradient")
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.85, len(after)))
-    for step, (values, colour) in enumerate(zip(after, colours, strict=True), start=1):
-        one = np.maximum(np.asarray(values, float), 1e-6)
-        left.plot(np.arange(1, len(one) + 1), one, color=colour, label=f"{step} step{'s' if step > 1 else ''}")
-    final = np.asarray(after[-1], float)
-    left.set(
-        yscale="log", xlabel="singular value, largest first", ylabel="size", title="Newton-Schulz lifts the small ones"
-    )
-    left.legend(fontsize=9)
-    edges = np.linspace(0, max(1.3, float(final.max()) * 1.02), 40)
-    right.hist(final, bins=edges.tolist(), color=BLUE)
-    right.axvline(1, color=RED, linestyle="--", label="exactly orthogonal")
-    right.set(
-        xlabel=f"singular value after {len(after)} steps",
-        ylabel="how many",
-        title=f"n = {len(final)}, median {np.median(final):.2f}",
-    )
-    right.legend()
-    if name:
-        figure.suptitle(f"Gradient of {name}", x=0.01, ha="left")
-    return figure
+def _draw_average(axes: Axes, train: TrainConfig, table: Mapping[str, np.ndarray]) -> None:
+    """What each step weighs in the weights that are handed on."""
+    weight, start = step_weights(train, table)
+    solid = bool((weight[1:] > 0).sum() > len(weight) / 2)
+    if solid:
+        axes.fill_between(table["step"], weight, color=GREEN, alpha=0.7, linewidth=0)
+    else:
+        axes.vlines(table["step"], 0, weight, color=GREEN, linewidth=1.0)
+    where, style = weight > 0, {"linestyle": "-"} if solid else {"linestyle": "", "marker": "o", "markersize": 3}
+    axes.plot(table["step"][where], weight[where], color=GREEN, **style)
+    kind = {
+        "none": "No average: the last weights",
+        "ema": f"EMA, decay {train.ema_decay:g}",
+        "swa": "SWA",
+        "swa_of_ema": f"SWA of EMA, decay {train.ema_decay:g}",
+    }[train.averaging]
+    if train.averaging in ("ema", "swa_of_ema"):
+        kind += f"\n{f'{start:.1%}' if start >= 0.0005 else 'under 0.1%'} is initial weights"
+    elif train.averaging == "swa":
+        count = int(table["snapshot"].sum())
+        kind += f" of {count} snapshots" if count else " without a snapshot: the last weights"
+    axes.set_title(kind, fontsize=11)
+    axes.set(ylabel="share of result", ylim=(0, float(weight.max()) * 1.12))
+
+
+def _schedule_words(train: TrainConfig, steps: int) -> str:
+    """What ends the run, in a line."""
+    if not train.max_seconds:
+        return "1 step" if steps == 1 else f"{steps} steps"
+    cut = f" of {train.steps}" if steps < train.steps else ""
+    return f"By the clock: {train.max_seconds:g} s of training are {steps}{cut} steps, and the warmdown ends with them"
 
 
 @styled

@@ -2,8 +2,9 @@
 
 Autograd's own backward of a composed formula keeps every intermediate and walks over memory once for each of them; at
 the sizes of this workbook that costs as much as the matrix products. Each function here has a backward pass written by
-hand and a test against the plain formula; torch.compile, which fuses by itself, gets the plain formula. Statistics are float32, or float64 for float64; factors that belong to a row
-or a channel are rounded to the dtype of the stream before they multiply it, because passes over two dtypes are slow.
+hand and a test against the plain formula; torch.compile, which fuses by itself, gets the plain formula. Statistics are
+float32, or float64 for float64; factors that belong to a row or a channel are rounded to the dtype of the stream before
+they multiply it, because passes over two dtypes are slow.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -48,13 +50,15 @@ def launch(run: Run) -> bool:
         threads = {"OMP_NUM_THREADS": str(train.threads), "MKL_NUM_THREADS": str(train.threads)}
         try:
             with run.log_path.open("ab") as log:
+                log_start = log.seek(0, os.SEEK_END)
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                     cwd=project_root(), env={**os.environ, **folders_, **threads},
                 )  # fmt: skip
         except OSError as error:
             raise RunError(f"cannot start the trainer of {run.name}: {error}") from error
-        note = {"pid": process.pid, "created": psutil.Process(process.pid).create_time()}
+        created = psutil.Process(process.pid).create_time()
+        note = {"pid": process.pid, "created": created, "log_start": log_start}
         atomic_write_json(run.path / "trainer.json", note)
     return True
 
@@ -81,9 +85,25 @@ def follow(run: Run, on_update: Update | None = None, poll: float = 0.5) -> dict
     if result is not None and result.get("status") == "failed":
         raise RunError(f"training of {run.name} failed: {result['message']}")
     raise RunError(
-        f"training of {run.name} ended without a result (killed?); run it again to resume. Last lines of "
+        f"training of {run.name} ended without a result ({_cause(run)}); run it again to resume. Last lines of "
         f"{run.log_path}:\n{log_tail(run)}"
     )
+
+
+def _cause(run: Run) -> str:
+    """Which process of the last launch died and how, from the words of torch's launcher; "killed?" where it is mute."""
+    text = ""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        start = json.loads((run.path / "trainer.json").read_text(encoding="utf-8"))["log_start"]
+        with run.log_path.open("rb") as log:
+            log.seek(start)
+            text = log.read().decode(errors="replace")
+    found = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", text)
+    if found is None:
+        return "killed?"
+    code, rank = int(found[1]), int(found[2])
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    return f"the process of rank {rank} {how}"
 
 
 def stop(run: Run, timeout: float = 60) -> None:

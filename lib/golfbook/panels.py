@@ -153,6 +153,16 @@ def show(panel: Panel) -> None:
         _display_png(panel.png())
 
 
+def play(frames: Sequence[Callable[[], Picture]], milliseconds: Sequence[int]) -> None:
+    """Show an animation as a GIF, or only its last frame where nobody watches: that is drawn alone, which is quick."""
+    if not interactive():
+        _display_png(figures.png(frames[-1]()))
+        return
+    from IPython.display import Image, display
+
+    display(Image(data=figures.gif([frame() for frame in frames], milliseconds), format="gif"))
+
+
 def tokens(tokenizer: Tokenizer, text: str) -> Panel:
     """Type a text, see its pieces and the bytes of each."""
 
@@ -191,28 +201,40 @@ def windows(targets: int, window: int, stride: int = 0) -> Panel:
 
 
 def schedule(train: TrainConfig) -> Panel:
-    """Change warmdown, momentum warm-up and averaging of a training configuration and see the three curves."""
+    """Change the schedules of a training configuration and see them: rates, momentum, averaging, QAT, the clock.
 
-    def draw(warmdown_steps: int, muon_momentum_warmup_steps: int, ema_decay: float) -> Picture:
-        changed = train.model_copy(
-            update={
-                "warmdown_steps": int(warmdown_steps),
-                "muon_momentum_warmup_steps": int(muon_momentum_warmup_steps),
-                "ema_decay": ema_decay,
-            }
+    ``fits`` only matters by the clock: it is how many steps the time is enough for, so a smaller one is a slower
+    machine. Where the configuration has no ``max_seconds``, the time is a second for each of its steps.
+    """
+
+    def draw(clock: bool, fits: float, **changes: Any) -> Picture:
+        seconds = (train.max_seconds or float(train.steps)) if clock else 0.0
+        return figures.schedule(
+            train.model_copy(update={**changes, "max_seconds": seconds}), seconds / fits if clock else None
         )
-        return figures.schedule_of(changed)
 
     step = max(1, train.steps // 20)
     decays = {f"{d:g}" if d else "off": d for d in sorted({0.0, 0.9, 0.98, 0.99, 0.997, train.ema_decay})}
+    every = {str(n): n for n in sorted({1, 2, 5, 10, 20, 50, train.swa_every})}
     return Panel(
         draw,
         {
             "warmdown_steps": Slider("warmdown steps", min(train.warmdown_steps, train.steps), 0, train.steps, step),
+            "warmdown_shape": Choice("shape", train.warmdown_shape, {"linear": "linear", "cosine": "cosine"}),
+            "min_lr_scale": Slider("ends at", train.min_lr_scale, 0.0, 0.95, 0.05),
+            "lr_warmup_steps": Slider("LR warm-up", min(train.lr_warmup_steps, train.steps), 0, train.steps, step),
             "muon_momentum_warmup_steps": Slider(
                 "momentum warm-up", min(train.muon_momentum_warmup_steps, train.steps), 0, train.steps, step
             ),
+            "averaging": Choice(
+                "average", train.averaging, {"none": "none", "EMA": "ema", "SWA": "swa", "SWA of EMA": "swa_of_ema"}
+            ),
             "ema_decay": Choice("EMA decay", train.ema_decay, decays),
+            "swa_start": Slider("SWA below", train.swa_start, 0.0, 0.95, 0.05),
+            "swa_every": Choice("snapshot every", train.swa_every, every),
+            "qat_start": Slider("QAT below", train.qat_start, 0.0, 0.95, 0.05),
+            "clock": Switch("stop by the clock", bool(train.max_seconds)),
+            "fits": Slider("steps that fit", train.steps, max(1, train.steps // 4), train.steps, step),
         },
     )
 

@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from golfbook.errors import RunError, nearest
-from golfbook.files import atomic_path, atomic_write_json, canonical_json, project_root, runs_root, sha256_bytes
-from golfbook.plan import Plan, variant_hash
+from golfbook.files import (
+    atomic_path,
+    atomic_write_bytes,
+    atomic_write_json,
+    canonical_json,
+    project_root,
+    runs_root,
+    sha256_bytes,
+)
+from golfbook.plan import Plan, flatten, variant_hash
 from golfbook.runs import STAGES, Run, list_runs, skipped_runs
 
 if TYPE_CHECKING:
@@ -44,6 +52,12 @@ PROVENANCE = {  # column: key of a result's environment
     "processor": "processor",
 }
 RECORD = "job.json"
+REFERENCE_COLUMNS = (  # of results.csv, after the settings; those a study does not have are left out
+    *("test_time_training_val_bpb", "contiguous_val_bpb", "quantization_val_bpb", "training_val_bpb", "float_val_bpb"),
+    *("unigram_bpb", "artifact_bytes", "code_bytes", "total_bytes", "parameters", "steps", "tokens_seen"),
+    *("train_seconds", "peak_memory_bytes", "precision", "device", "weights", "dataset_fingerprint"),
+    *("golfbook_version", "torch_version", "git_commit", "git_dirty", "code_sha256", "processor"),
+)
 
 
 def studies() -> list[str]:
@@ -132,6 +146,67 @@ def collect(study: str) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def reference_folder(study: str) -> Path:
+    """Where the small committed tables of a study lie: ``<project>/runs/reference/<study>``."""
+    return project_root() / "runs" / "reference" / study
+
+
+def reference_tables(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The results of a study that are worth keeping, as ``(results, curves)``, from its run folders.
+
+    ``results`` has a row for each run that finished the last stage any run of the study has finished: ``variant``,
+    ``seed``, ``config_hash``, a column for every setting in which runs of the study differ, named like
+    ``train.matrix_lr``, then the numbers and what made them. ``curves`` has a row a validation of these runs:
+    ``variant``, ``seed``, ``step``, ``tokens_seen``, ``seconds`` of training and ``val_bpb``; the last one of a run is
+    of the weights handed on, those before it are of the weights in training. Raises :class:`RunError` where no run is
+    finished.
+    """
+    import pandas as pd
+
+    found = rows(study)
+    reached = [s for s in STAGES if any(row[f"{s}_state"] == "done" for row in found)]
+    if not reached:
+        raise RunError(f"study '{study}' has no finished run; run its job first")
+    found = [row for row in found if row[f"{reached[-1]}_state"] == "done"]
+    trees = [flatten(json.loads(row["config_json"])) for row in found]
+    varied = [key for key in trees[0] if key not in ("seed", "preset") and len({_text(t[key]) for t in trees}) > 1]
+    kept = [name for name in REFERENCE_COLUMNS if any(name in row for row in found)]
+    results = [
+        {key: row[key] for key in ("variant", "seed", "config_hash")}
+        | {key: _text(tree[key]) if isinstance(tree[key], list) else tree[key] for key in varied}
+        | {name: row.get(name) for name in kept}
+        for row, tree in zip(found, trees, strict=True)
+    ]
+    runs = {run.path.name: run for run in current_runs(study)}
+    curves = [
+        {
+            "variant": row["variant"],
+            "seed": row["seed"],
+            "step": point["step"],
+            "tokens_seen": point["step"] * runs[row["run"]].config.train.batch_tokens,
+            "seconds": point["seconds"],
+            "val_bpb": point["val_bpb"],
+        }
+        for row in found
+        for point in runs[row["run"]].read_metrics()
+        if point["kind"] == "validation"
+    ]
+    return pd.DataFrame(results), pd.DataFrame(curves)
+
+
+def export_reference(study: str) -> tuple[list[Path], int]:
+    """Write ``results.csv`` and ``curves.csv`` of :func:`reference_tables` into :func:`reference_folder`, atomically.
+
+    Numbers have eight digits; equal results give equal bytes. Returns the files and how many runs are in them. Raises
+    :class:`RunError` where no run is finished or the disk refuses.
+    """
+    tables = dict(zip(("results", "curves"), reference_tables(study), strict=True))
+    written = [reference_folder(study) / f"{name}.csv" for name in tables]
+    for path, table in zip(written, tables.values(), strict=True):
+        atomic_write_bytes(path, table.to_csv(index=False, lineterminator="\n", float_format="%.8g").encode())
+    return written, len(tables["results"])
+
+
 def is_collected(study: str, found: Iterable[Mapping[str, Any]]) -> bool:
     """Whether the parquet files on the disk hold exactly these rows."""
     files = [runs_root() / study / f"{name}.parquet" for name in ("results", "metrics")]
@@ -215,6 +290,10 @@ def _values(run: Run, stage: str) -> dict[str, Any]:
     made_by = result.get("environment") or {}
     values |= {column: made_by[key] for column, key in PROVENANCE.items() if key in made_by}
     return {name: canonical_json(v) if isinstance(v, dict | list) else v for name, v in values.items()}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else canonical_json(value)
 
 
 def _environment(path: Path) -> dict[str, Any]:

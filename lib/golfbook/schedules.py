@@ -7,6 +7,7 @@ mean the step about to run. Published rules: PR 1166 sections 14.2 and 15.1, PR 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -84,3 +85,23 @@ def schedule_table(config: TrainConfig, step_seconds: float | None = None) -> di
         "snapshot": np.array([snapshot_due(k, s, config) for k, s in enumerate(scales)]),
         "qat": np.array([qat_active(k, s, config) for k, s in enumerate(scales)]),
     }
+
+
+def step_weights(config: TrainConfig, table: Mapping[str, np.ndarray]) -> tuple[np.ndarray, float]:
+    """What the weights after each step of ``table`` make up of those handed on, and what the initial weights do.
+
+    ``table`` is that of :func:`schedule_table`. Returns float64 shares (steps,) and the share of the initial weights;
+    together they are 1. :class:`golfbook.averaging.WeightAverage` is linear in the weights, so these shares are all of
+    it: none, the last step; EMA, ``(1 - d) d^(n-1-k)``; SWA, 1/m for each of m snapshots, or the last step where there
+    is none; SWA of the EMA, the mean of the EMA's shares at the snapshots.
+    """
+    count, decay = len(table["step"]), config.ema_decay
+    shares = np.zeros(count)
+    snapshots = table["step"][table["snapshot"]] if config.averaging in ("swa", "swa_of_ema") else []
+    if config.averaging in ("none", "swa"):
+        shares[snapshots if len(snapshots) else [count - 1]] = 1 / max(len(snapshots), 1)
+        return shares, 0.0
+    ends = list(snapshots) if len(snapshots) else [count - 1]
+    for end in ends:
+        shares[: end + 1] += (1 - decay) * decay ** np.arange(end, -1, -1) / len(ends)
+    return shares, float(np.mean([decay ** (end + 1) for end in ends]))

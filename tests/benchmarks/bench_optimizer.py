@@ -49,6 +49,7 @@ class PlainMuon:
 
     def __init__(self, parameters: list[Tensor], config: TrainConfig) -> None:
         self.parameters, self.config = parameters, config
+        self.lr, self.momentum = config.matrix_lr, config.muon_momentum
         self.dtype = getattr(torch, config.muon_dtype)
         dtype = getattr(torch, config.muon_momentum_dtype)
         self.momenta = [torch.zeros_like(p, dtype=dtype) for p in parameters]
@@ -60,11 +61,11 @@ class PlainMuon:
         for weight, momentum in zip(self.parameters, self.momenta, strict=True):
             assert weight.grad is not None
             gradient = weight.grad.to(momentum.dtype)
-            momentum.mul_(config.muon_momentum).add_(gradient)
-            update = plain_newton_schulz((gradient + config.muon_momentum * momentum).to(self.dtype))
-            weight.mul_(1 - config.matrix_lr * config.muon_weight_decay)
+            momentum.mul_(self.momentum).add_(gradient)
+            update = plain_newton_schulz((gradient + self.momentum * momentum).to(self.dtype))
+            weight.mul_(1 - self.lr * config.muon_weight_decay)
             scale = max(1.0, weight.size(0) / weight.size(1)) ** 0.5
-            weight.sub_(config.matrix_lr * scale * update.to(weight.dtype))
+            weight.sub_(self.lr * scale * update.to(weight.dtype))
 
 
 def plain_side(model: GPT, config: TrainConfig) -> Side:

@@ -153,7 +153,7 @@ class BankMuon:
     """Muon on stacks of matrices (n, rows, columns), all matrices of a stack at once, as PR 1166's code does it."""
 
     def __init__(self, banks: list[Tensor], config: TrainConfig) -> None:
-        self.banks, self.config = banks, config
+        self.banks, self.config, self.lr, self.momentum = banks, config, config.matrix_lr, config.muon_momentum
         self.dtype = getattr(torch, config.muon_dtype)
         self.momenta = [torch.zeros_like(b, dtype=getattr(torch, config.muon_momentum_dtype)) for b in banks]
 
@@ -164,8 +164,8 @@ class BankMuon:
         for bank, momentum in zip(self.banks, self.momenta, strict=True):
             assert bank.grad is not None
             gradient = bank.grad.to(momentum.dtype)
-            momentum.mul_(config.muon_momentum).add_(gradient)
-            x = (gradient + config.muon_momentum * momentum).to(self.dtype)
+            momentum.mul_(self.momentum).add_(gradient)
+            x = (gradient + self.momentum * momentum).to(self.dtype)
             tall = x.size(-2) > x.size(-1)
             x = x.mT if tall else x
             x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -173,8 +173,8 @@ class BankMuon:
                 gram = x @ x.mT
                 x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
             x = x.mT if tall else x
-            bank.mul_(1 - config.matrix_lr * config.muon_weight_decay)
-            bank.sub_(config.matrix_lr * max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5 * x.to(bank.dtype))
+            bank.mul_(1 - self.lr * config.muon_weight_decay)
+            bank.sub_(self.lr * max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5 * x.to(bank.dtype))
 
 
 class PlainStep:
@@ -205,6 +205,23 @@ class PlainStep:
             fused=False,
         )
         self.autocast = config.train.precision == "bfloat16"
+
+    def schedule(self, lr_scale: float, momentum: float) -> None:
+        """Set the rates and Muon's momentum of the next step."""
+        for muon in self.muon:
+            muon.lr, muon.momentum = self.config.matrix_lr * lr_scale, momentum
+        for group, rate in zip(self.adam.param_groups, (self.config.embed_lr, self.config.scalar_lr), strict=True):
+            group["lr"] = rate * lr_scale
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights by the library's names."""
+        found = {name.replace("/", "."): p.detach() for name, p in self.model.weights.items() if "bank " not in name}
+        for name, (bank, at) in self.model.banked.items():
+            found[name] = self.model.weights[f"bank {bank}"][at].detach()
+        for prefix, module in (("ttt_refiner", self.model.ttt), ("flow_refiner", self.model.flow)):
+            if module is not None:
+                found |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
+        return found
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Take one step; returns the loss before it."""
