@@ -146,8 +146,9 @@ def training_curve(
     """Loss of every logged step, bits per byte of every validation, and the learning-rate scale below.
 
     ``metrics`` are the points of ``metrics.jsonl``: ``kind`` "train" with ``step``, ``loss`` (nats a token) and
-    ``lr_scale``, ``kind`` "validation" with ``step`` and ``val_bpb``. ``steps`` is the planned number of steps (0: up
-    to the last point). ``unigram_bpb`` draws the score of a model that knows only how often each token occurs.
+    ``lr_scale`` (and what :func:`speed_line` shows), ``kind`` "validation" with ``step`` and ``val_bpb``. ``steps`` is
+    the planned number of steps (0: up to the last point). ``unigram_bpb`` draws the score of a model that knows only how
+    often each token occurs.
     """
     train = [p for p in metrics if p["kind"] == "train"]
     validation = [p for p in metrics if p["kind"] == "validation"]
@@ -178,7 +179,23 @@ def training_curve(
         score.legend()
     done = max((p["step"] for p in metrics), default=0)
     figure.suptitle(title or f"Training: step {done} of {last}", x=0.01, ha="left")
+    if train:
+        figure.text(0.99, 0.985, speed_line(train[-1]), ha="right", va="top", color=GREY, fontsize=10)
     return figure
+
+
+def speed_line(point: Mapping[str, Any]) -> str:
+    """Speed, memory and time left of the last training point; what a point does not hold is left out."""
+    parts = []
+    if "tokens_per_second" in point:
+        parts.append(f"{point['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in point:
+        parts.append(f"{point['mfu']:.0%} of what products allow (MFU)")
+    if "memory_bytes" in point:
+        parts.append(f"{point['memory_bytes'] / 1e9:.2f} GB")
+    if point.get("seconds_left"):
+        parts.append(f"{point['seconds_left']:.0f} s left")
+    return ", ".join(parts)
 
 
 @styled

@@ -356,7 +356,7 @@ def progress_line(metrics: Sequence[Mapping[str, Any]], steps: int) -> str:
     validation = [p for p in metrics if p["kind"] == "validation"]
     parts = [f"step {metrics[-1]['step']}/{steps}"]
     if train:
-        parts += [f"loss {train[-1]['loss']:.3f} nats/token", f"{train[-1]['tokens_per_second']:,.0f} tokens/s"]
+        parts += [f"loss {train[-1]['loss']:.3f} nats/token", figures.speed_line(train[-1])]
     if validation:
         parts.append(f"validation {validation[-1]['val_bpb']:.3f} bits/byte at step {validation[-1]['step']}")
     return ", ".join(parts)
