@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run test test-all lint lab figures bench clean
+.PHONY: help run test test-all lint lab figures bench gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -37,6 +37,9 @@ figures: $(VENV)/.ready  ## make the README's figures again from the quickstart 
 
 bench: $(VENV)/.ready  ## run the benchmarks; each prints both sides
 	@for f in tests/benchmarks/bench_*.py; do echo "== $$f"; $(BIN)/python $$f || exit 1; done
+
+gpu-check: $(VENV)/.ready  ## benchmarks, equalities and a 200-step run on the CUDA device that is there, into one JSON
+	$(BIN)/python tests/gpu_check.py
 
 clean:  ## remove the environment and caches, not the runs
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

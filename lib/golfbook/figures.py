@@ -147,8 +147,8 @@ def training_curve(
 
     ``metrics`` are the points of ``metrics.jsonl``: ``kind`` "train" with ``step``, ``loss`` (nats a token) and
     ``lr_scale`` (and what :func:`speed_line` shows), ``kind`` "validation" with ``step`` and ``val_bpb``. ``steps`` is
-    the planned number of steps (0: up to the last point). ``unigram_bpb`` draws the score of a model that knows only how
-    often each token occurs.
+    the planned number of steps (0: up to the last point). ``unigram_bpb`` draws the score of a model that knows only
+    how often each token occurs.
     """
     train = [p for p in metrics if p["kind"] == "train"]
     validation = [p for p in metrics if p["kind"] == "validation"]

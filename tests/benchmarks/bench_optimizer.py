@@ -89,8 +89,8 @@ def our_side(model: GPT, config: TrainConfig) -> Side:
     return {"Muon": muon.step, "AdamW": adam.step}
 
 
-def measure(preset: str, precision: str, repeats: int, device: str, threads: int) -> None:
-    """Time both sides at the size of ``preset``, iteration and momentum in ``precision``, and print them."""
+def measure(preset: str, precision: str, repeats: int, device: str, threads: int) -> dict[str, float]:
+    """Time both sides at the size of ``preset``, iteration and momentum in ``precision``; print and return medians."""
     config = load_config(preset, overrides={"train.muon_dtype": precision, "train.muon_momentum_dtype": precision})
     models = [initialise(GPT(config.model), seed=0).to(device)]
     models.append(copy.deepcopy(models[0]))
@@ -142,6 +142,7 @@ def measure(preset: str, precision: str, repeats: int, device: str, threads: int
         f"  ratio of medians: {plain / ours:.2f} by the clock, {plain_busy / our_busy:.2f} by CPU time; weights differ "
         f"by at most {apart:.1e} of their norm after {repeats + 2} steps"
     )
+    return {"plain": plain, "ours": ours}
 
 
 def main() -> None:

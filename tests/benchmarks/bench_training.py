@@ -107,11 +107,14 @@ def measure(size: str, precision: str, options: argparse.Namespace) -> dict[str,
             f"{1000 * max(wall[name]):.1f}  CPU {1000 * statistics.median(busy[name]):.1f}  "
             f"{tokens / median:9,.0f} tokens/s  {tokens / median * work / ceiling:6.1%} of {ceiling / 1e9:.0f} GFLOP/s"
         )
-    apart = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
+    apart = [abs(a - b) for a, b in zip(*losses.values(), strict=True)]
     ratio, busy_ratio = (
-        statistics.median(t["straightforward"]) / statistics.median(t["golfbook"]) for t in (wall, busy)
+        statistics.median(times["straightforward"]) / statistics.median(times["golfbook"]) for times in (wall, busy)
     )
-    print(f"  ratio of medians: {ratio:.2f} by the clock, {busy_ratio:.2f} in CPU time; losses within {apart:.1e}")
+    print(
+        f"  ratio of medians: {ratio:.2f} by the clock, {busy_ratio:.2f} in CPU time; first loss within {apart[0]:.1e},"
+        f" loss after {options.repeats} steps within {apart[-1]:.1e}"
+    )
     if options.profile:
         for name, step in sides.items():
             shares = profiled(lambda step=step: step(inputs, targets))
