@@ -160,19 +160,27 @@ def test_a_trainer_found_dying_is_started_again(corpus_file, monkeypatch):
     assert calls == [False, True]
 
 
-def test_two_processes_take_the_same_steps_as_one(corpus_file):
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"train.micro_batches": 2, "model.value_residual": "lambda", "train.checkpoint_activations": True},
+        {"train.qat_start": 0.9, "train.grad_clip": 0.0},
+    ],
+    ids=["plain", "unused parameters, two pieces, recomputed", "fake quantised, not clipped"],
+)
+def test_two_processes_take_the_same_steps_as_one(corpus_file, overrides):
     """Tolerance 1e-4: the mean over two halves of a batch rounds differently, and Muon carries that on."""
-    one = train_here(make_run(corpus_file, "one"))
-    run = make_run(corpus_file, "two", **{"train.processes": 2})
+    alone = make_run(corpus_file, "one", **{**overrides, "train.micro_batches": 1})
+    one = train_here(alone)
+    run = make_run(corpus_file, "two", **overrides, **{"train.processes": 2})
     launcher.launch(run)
     launcher.follow(run, poll=0.05)
     two = load_file(run.checkpoint_path)
     for name, value in one.items():
         if name.startswith("model/"):
             torch.testing.assert_close(two[name], value, atol=1e-4, rtol=0)
-    losses = [
-        [p["loss"] for p in r.read_metrics() if p["kind"] == "train"] for r in (make_run(corpus_file, "one"), run)
-    ]
+    losses = [[p["loss"] for p in r.read_metrics() if p["kind"] == "train"] for r in (alone, run)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 

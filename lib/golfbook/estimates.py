@@ -22,7 +22,7 @@ from golfbook.errors import GolfbookError
 from golfbook.files import resolve, runs_root
 from golfbook.runs import STAGES, environment
 
-CPU_SPEED = 1.5e10  # operations a second and thread: small matrices in fp32, far from the peak of any core
+CPU_SPEED = 4e10  # operations a second and thread of the quickstart on a server core; slower cores reach a third
 GPU_SPEED = 5e13  # operations a second and GPU
 NOTEBOOK_SECONDS = 20.0  # start of a kernel, imports, plots
 PROCESS_BYTES = 700_000_000  # a kernel and a trainer that have imported torch and loaded the corpus
