@@ -170,7 +170,11 @@ def test_a_trainer_found_dying_is_started_again(corpus_file, monkeypatch):
     ids=["plain", "unused parameters, two pieces, recomputed", "fake quantised, not clipped"],
 )
 def test_two_processes_take_the_same_steps_as_one(corpus_file, overrides):
-    """Tolerance 1e-4: the mean over two halves of a batch rounds differently, and Muon carries that on."""
+    """Tolerance: the mean over two halves of a batch rounds differently, and Muon carries that on.
+
+    Quantisation carries it further, since a weight next to the border of two integers may fall on either side.
+    """
+    tolerance = 1e-3 if "train.qat_start" in overrides else 1e-4
     alone = make_run(corpus_file, "one", **{**overrides, "train.micro_batches": 1})
     one = train_here(alone)
     run = make_run(corpus_file, "two", **overrides, **{"train.processes": 2})
@@ -179,9 +183,9 @@ def test_two_processes_take_the_same_steps_as_one(corpus_file, overrides):
     two = load_file(run.checkpoint_path)
     for name, value in one.items():
         if name.startswith("model/"):
-            torch.testing.assert_close(two[name], value, atol=1e-4, rtol=0)
+            torch.testing.assert_close(two[name], value, atol=tolerance, rtol=0)
     losses = [[p["loss"] for p in r.read_metrics() if p["kind"] == "train"] for r in (alone, run)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0] == pytest.approx(losses[1], abs=tolerance)
 
 
 def wait_for_points(run: Run, more_than: int) -> None:
