@@ -8,15 +8,8 @@ import torch
 from golfbook import attention
 from golfbook.attention import causal_attention
 from golfbook.errors import RunError
+from reference import masked_attention
 from test_kernels import compare, values
-
-
-def masked_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    group, time = q.size(1) // k.size(1), q.size(2)
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.mT / q.size(-1) ** 0.5
-    allowed = torch.ones(time, time, dtype=torch.bool).tril()
-    return scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ v
 
 
 def heads(time: int, width: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -25,22 +18,31 @@ def heads(time: int, width: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 @pytest.mark.parametrize("backend", ["auto", "blocked", "sdpa"])
 @pytest.mark.parametrize("time", [1, 5, 8, 16, 23])
-def test_backends_equal_the_masked_reference(backend, time, monkeypatch):
+def test_backends_equal_the_masked_attention(backend, time, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 16)  # halved for short inputs: eight positions a block
-    compare(lambda q, k, v: causal_attention(q, k, v, backend), masked_reference, *heads(time))
+    compare(lambda q, k, v: causal_attention(q, k, v, backend), masked_attention, *heads(time))
 
 
 @pytest.mark.parametrize("time", [1, 5, 130])
-def test_flex_attention_equals_the_masked_reference(time):
+def test_flex_attention_equals_the_masked_attention(time):
     q, k, v = (x.detach().float() for x in heads(time, 16))
-    torch.testing.assert_close(causal_attention(q, k, v, "flex"), masked_reference(q, k, v))
+    torch.testing.assert_close(causal_attention(q, k, v, "flex"), masked_attention(q, k, v))
     with pytest.raises(RunError, match=r"no backward pass on a CPU; use 'auto'"):
         causal_attention(q.requires_grad_(), k, v, "flex")
 
 
+def test_masks_made_while_scoring_can_be_trained_with():
+    attention._block_mask.cache_clear()
+    attention._mask.cache_clear()
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        block, mask = attention._block_mask(40, cpu), attention._mask(4, 2, torch.float32, cpu)
+    assert not mask.is_inference() and not block.kv_indices.is_inference() and not block.kv_num_blocks.is_inference()
+
+
 @pytest.mark.parametrize("time", [700, 512])
 def test_long_inputs_in_their_own_blocks(time):
-    compare(lambda q, k, v: causal_attention(q, k, v, "blocked"), masked_reference, *heads(time))
+    compare(lambda q, k, v: causal_attention(q, k, v, "blocked"), masked_attention, *heads(time))
 
 
 @pytest.mark.parametrize("backend", ["blocked", "sdpa", "flex"])
@@ -48,7 +50,7 @@ def test_bfloat16_stays_near_the_exact_values(backend):
     exact = [x.detach() for x in heads(96, 16)]
     out = causal_attention(*(x.bfloat16() for x in exact), backend)
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.double(), masked_reference(*exact), atol=0.03, rtol=0.02)
+    torch.testing.assert_close(out.double(), masked_attention(*exact), atol=0.03, rtol=0.02)
 
 
 def test_what_auto_takes_and_why_the_others_cannot_run(monkeypatch):
@@ -56,11 +58,11 @@ def test_what_auto_takes_and_why_the_others_cannot_run(monkeypatch):
     assert attention.choose(cpu, torch.bfloat16) == "blocked"
     assert attention.choose(torch.device("meta"), torch.bfloat16) == "sdpa"
     assert attention.why_not("sdpa", cpu, torch.float32) == ""
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention, "_flash3_obstacle", lambda: "No module named 'flash_attn_interface'")
     assert attention.choose(gpu, torch.bfloat16) == "sdpa"
-    with pytest.raises(RunError, match=r"flash_attn_interface.*not installed; use 'auto'"):
+    with pytest.raises(RunError, match=r"flash_attn_interface\) cannot be imported.*; use 'auto'"):
         causal_attention(*heads(4), "flash3")
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention, "_flash3_obstacle", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert attention.choose(gpu, torch.bfloat16) == "flash3"
     assert attention.choose(gpu, torch.float32) == "sdpa"
@@ -79,13 +81,13 @@ def test_flash_attention_3_is_called_in_its_own_layout(monkeypatch):
 
     def flash_attn_func(q, k, v, causal):
         assert causal and q.shape == (2, 5, 4, 6) and k.shape == v.shape == (2, 5, 2, 6)
-        out = masked_reference(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        out = masked_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
         return (out, None) if with_normaliser else out
 
     package = types.ModuleType("flash_attn_interface")
     package.flash_attn_func = flash_attn_func
     monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
-    monkeypatch.setattr(attention, "why_not", lambda *_: "")
-    compare(lambda q, k, v: causal_attention(q, k, v, "flash3"), masked_reference, *heads(5))
+    monkeypatch.setattr(attention, "why_not", lambda *_, **__: "")
+    compare(lambda q, k, v: causal_attention(q, k, v, "flash3"), masked_attention, *heads(5))
     with_normaliser = True
-    compare(lambda q, k, v: causal_attention(q, k, v, "flash3"), masked_reference, *heads(5))
+    compare(lambda q, k, v: causal_attention(q, k, v, "flash3"), masked_attention, *heads(5))

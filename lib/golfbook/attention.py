@@ -8,7 +8,6 @@ gpu-check`` does the same on a GPU.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -49,11 +48,14 @@ def choose(device: torch.device, dtype: torch.dtype) -> Backend:
     return "sdpa" if device.type != "cuda" or why_not("flash3", device, dtype) else "flash3"
 
 
-def why_not(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
-    """Why a backend cannot run on this device in this dtype; empty where it can."""
+def why_not(backend: Backend, device: torch.device, dtype: torch.dtype, *, training: bool = True) -> str:
+    """Why a backend cannot run on this device in this dtype, backward too if ``training``; empty where it can."""
+    if backend == "flex" and training and device.type == "cpu":
+        return "flex attention has no backward pass on a CPU"
     if backend == "flash3":
-        if importlib.util.find_spec("flash_attn_interface") is None:
-            return "the package flash_attn_interface (FlashAttention-3) is not installed"
+        obstacle = _flash3_obstacle()
+        if obstacle:
+            return f"FlashAttention-3 (package flash_attn_interface) cannot be imported: {obstacle}"
         if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
             return "FlashAttention-3 needs a Hopper GPU"
         if dtype not in (torch.bfloat16, torch.float16):
@@ -61,14 +63,31 @@ def why_not(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
+@functools.cache
+def _flash3_obstacle() -> str:
+    try:
+        import flash_attn_interface  # noqa: F401
+    except (ImportError, OSError) as error:  # missing, or built for another torch
+        return str(error)
+    return ""
+
+
+def _require(backend: Backend, q: Tensor, training: bool) -> None:
+    reason = why_not(backend, q.device, q.dtype, training=training)
+    if reason:
+        raise RunError(f"train.attention '{backend}' cannot run here: {reason}; use 'auto'")
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
+        # only the kernel for half precision shares keys; the others would fall back to all scores in memory
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    reason = why_not("flash3", q.device, q.dtype)
-    if reason:
-        raise RunError(f"train.attention 'flash3' cannot run here: {reason}; use 'auto'")
+    _require("flash3", q, training=True)
     from flash_attn_interface import flash_attn_func
 
     out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
@@ -78,8 +97,7 @@ def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise RunError("train.attention 'flex' cannot run here: it has no backward pass on a CPU; use 'auto'")
+    _require("flex", q, training=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
     compute: Any = flex_attention
     if q.is_cuda and not torch.compiler.is_compiling():
         compute = _compiled_flex()  # uncompiled, it is the masked formula with all scores in memory
@@ -97,7 +115,8 @@ def _compiled_flex() -> Callable[..., Tensor]:
 def _block_mask(time: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    return create_block_mask(lambda b, h, query, key: query >= key, None, None, time, time, device=str(device))
+    with torch.inference_mode(False):  # a mask made while scoring must stay usable by autograd
+        return create_block_mask(lambda b, h, query, key: query >= key, None, None, time, time, device=str(device))
 
 
 def _ordered(x: Tensor, groups: int, factor: float = 1.0) -> Tensor:

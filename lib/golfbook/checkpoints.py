@@ -47,6 +47,8 @@ def save_checkpoint(
         for parameter, state in optimizer.state.items():
             tensors |= {f"{kind}/{names[parameter]}/{key}": value for key, value in state.items()}
     tensors["rng/torch"] = torch.get_rng_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
     with atomic_path(path) as temporary:
         _save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary,
                   metadata={"progress": json.dumps({**progress, "average": average.state_numbers()})})  # fmt: skip
@@ -76,6 +78,8 @@ def load_checkpoint(path: Path, model: nn.Module, average: WeightAverage, optimi
                     raise CheckpointError(f"{path}: optimiser state of '{name}', which this model does not have")
                 optimizer.state[named[name]][moment] = value.to(named[name].device)
     torch.set_rng_state(tensors["rng/torch"])
+    if "rng/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
     return progress
 
 

@@ -50,15 +50,18 @@ def choose_precision(config: Config, device: torch.device) -> tuple[str, str]:
     return "float32", "the CPU has no bfloat16 products"
 
 
-def prepare(threads: int) -> str:
-    """Set threads and the library of float32 products for this process; returns what was chosen, for the log.
+def prepare(threads: int, device: torch.device) -> str:
+    """Set up this process: threads, repeatable kernels, and the library of float32 products, which is returned.
 
     torch multiplies float32 matrices with MKL, which leaves half of the vector units of AMD's CPUs idle. oneDNN does
     not, and torch hands float32 products to it once it *may* round them to bfloat16. Without AMX it does not do so, and
     whether it does is measured here: where the products are not exact to float32, MKL stays.
     """
     torch.set_num_threads(threads)
-    chosen = "oneDNN" if _onednn_is_exact() else "torch's default"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fills: Any = torch.utils.deterministic
+    fills.fill_uninitialized_memory = False  # a help for debugging that costs 2 % of a step
+    chosen = "oneDNN" if device.type == "cpu" and _onednn_is_exact() else "torch's default"
     _products().fp32_precision = "bf16" if chosen == "oneDNN" else "ieee"
     return chosen
 

@@ -98,12 +98,18 @@ def _cause(run: Run) -> str:
         with run.log_path.open("rb") as log:
             log.seek(start)
             text = log.read().decode(errors="replace")
-    found = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", text)
-    if found is None:
+    entry = r"rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: (-?\d+)"
+    table = [(int(rank), int(code)) for rank, code in re.findall(entry, text)]
+    if not table:
         return "killed?"
-    code, rank = int(found[1]), int(found[2])
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    return f"the process of rank {rank} {how}"
+    # torch's launcher ends the others by SIGTERM, and a lost process makes them fail: another signal is the cause
+    killed = [one for one in table if one[1] < 0 and one[1] != -signal.SIGTERM]
+    root = re.search(entry, text.partition("Root Cause")[2])
+    rank, code = killed[0] if killed else (int(root[1]), int(root[2])) if root else table[0]
+    if code >= 0:
+        return f"the process of rank {rank} ended with status {code}"
+    name = {number.value: number.name for number in signal.Signals}.get(-code, f"signal {-code}")
+    return f"the process of rank {rank} was killed by {name}"
 
 
 def stop(run: Run, timeout: float = 60) -> None:

@@ -23,7 +23,8 @@ def softcapped_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, cap:
     if torch.compiler.is_compiling():  # which fuses this by itself, but for the last copy of the logits
         logits = cap * torch.tanh(F.linear(hidden, head.to(hidden.dtype)).float() / cap)
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
-    return _SoftcappedCrossEntropy.apply(hidden.flatten(0, -2), head, targets.flatten(), cap)
+    keep = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    return _SoftcappedCrossEntropy.apply(hidden.flatten(0, -2), head, targets.flatten(), cap, keep)
 
 
 class _SoftcappedCrossEntropy(torch.autograd.Function):
@@ -31,8 +32,8 @@ class _SoftcappedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        hidden, head, targets, cap = inputs
-        count, keep = len(hidden), any(ctx.needs_input_grad[:2])
+        hidden, head, targets, cap, keep = inputs
+        count = len(hidden)
         rows = max(1, (CHUNK_LOGITS_GPU if hidden.is_cuda else CHUNK_LOGITS) // len(head))
         weight = head.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -60,4 +61,4 @@ class _SoftcappedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_head = ctx.saved_tensors
-        return gradients[0] * d_hidden, gradients[0] * d_head, None, None
+        return gradients[0] * d_hidden, gradients[0] * d_head, None, None, None

@@ -163,8 +163,8 @@ def _result(run: Run, stage: str) -> dict[str, Any]:
 
 def _score(run: Run, model: GPT, data: corpus.Dataset, stride: int) -> dict[str, Any]:
     config = run.config
-    devices.prepare(config.train.threads)
     device = devices.choose_device(config)
+    devices.prepare(config.train.threads, device)
     nll = scoring.score(
         model.to(device), data.val_tokens, window=config.window, stride=stride,
         batch_windows=config.score.batch_windows, device=device,

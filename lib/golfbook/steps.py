@@ -13,10 +13,11 @@ import warnings
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from golfbook import devices, diagnostics
+from golfbook import attention, devices, diagnostics
 from golfbook.config import Config
 from golfbook.errors import RunError
 from golfbook.model import GPT
@@ -51,6 +52,9 @@ class TrainingStep:
         model.checkpoint_activations = train.checkpoint_activations
         model.use_attention(train.attention)
         self.precision, reason = devices.choose_precision(config, device)
+        obstacle = attention.why_not(train.attention, device, getattr(torch, self.precision))
+        if obstacle:
+            raise RunError(f"train.attention '{train.attention}' cannot run here: {obstacle}; use 'auto'")
         self.notes = [f"activations in {self.precision}: {reason}"]
         self.optimizers = make_optimizers(model, train)
         self.compiled = False
@@ -74,8 +78,11 @@ class TrainingStep:
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss in nats in the precision of training: ``inputs`` and ``targets`` (rows, T) int64 on the device."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with self._autocast():
             return self.module(inputs, targets)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def __call__(
         self,
@@ -137,9 +144,12 @@ class TrainingStep:
     def _explain(self, norm: Tensor, inputs: Tensor, targets: Tensor) -> str:
         """Which tensor the trouble of this batch starts in."""
 
-        def forward() -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                return self.model.loss(inputs, targets)
+        parts = self.config.train.micro_batches
+
+        def forward() -> None:
+            with self._autocast():
+                for x, y in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
+                    self.model.loss(x, y)
 
         return (
             f"the norm of the gradient is {norm.item()}; not finite first: {diagnostics.explain(self.model, forward)}; "
@@ -150,8 +160,8 @@ class TrainingStep:
         """Compile and fill caches by steps on synthetic tokens, then undo them; returns the seconds that it took.
 
         ``rows`` is the number of sequences that a call will get. Weights, optimisers and random numbers are as before
-        to the bit. Synthetic tokens, because text of the validation split has no business here. Does nothing where
-        nothing is compiled.
+        to the bit. Synthetic tokens, because text of the validation split has no business here. Where compiling fails,
+        steps are eager from then on and ``notes`` says why. Does nothing where nothing is compiled.
         """
         if not self.compiled:
             return 0.0
@@ -163,9 +173,12 @@ class TrainingStep:
         shape = (rows, train.sequence_length + 1)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*lru_cache.*")  # what it caches here never changes
-            for _ in range(train.compile_warmup_steps):
+            for number in range(train.compile_warmup_steps):
                 tokens = torch.randint(self.config.model.vocab_size, shape, generator=generator).to(self.device)
-                self(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+                inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+                if number == 0:
+                    self._require_compiled(inputs, targets)
+                self(inputs, targets)
         self.model.load_state_dict(weights)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(states[name])
@@ -175,6 +188,28 @@ class TrainingStep:
             torch.cuda.set_rng_state_all(generators[1])
         self.warmup_seconds = time.perf_counter() - started
         return self.warmup_seconds
+
+    def _require_compiled(self, inputs: Tensor, targets: Tensor) -> None:
+        """Compile on one piece of a batch, outside the data-parallel engine; go back to eager where that fails.
+
+        A compiler that is there may still not work (no headers, no OpenMP, no ptxas). All processes take the same way.
+        """
+        module = self.module.module if isinstance(self.module, DistributedDataParallel) else self.module
+        assert isinstance(module, _Loss)
+        parts, failure = self.config.train.micro_batches, ""
+        try:
+            with self._autocast():
+                loss = module.compute(inputs.chunk(parts)[0], targets.chunk(parts)[0])
+            # gradients without the hooks of the data-parallel engine, which counts them
+            torch.autograd.grad(loss, list(self.model.parameters()), allow_unused=True)
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError) as error:
+            failure = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+        failed = torch.tensor([float(bool(failure))], device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if failed.item():
+            module.compute, self.compiled = self.model.loss, False
+            self.notes.append(f"not compiled after all: {failure or 'it failed in another process'}")
 
 
 def compiled_graphs() -> int:

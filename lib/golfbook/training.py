@@ -14,6 +14,7 @@ import sys
 import time
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,8 +39,7 @@ class Trainer:
         self.run, self.config, self.rank, self.world = run, run.config, rank, world
         train = self.config.train
         self.device = devices.choose_device(self.config, rank)
-        products = devices.prepare(train.threads)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        products = devices.prepare(train.threads, self.device)
         torch.manual_seed(self.config.seed)
         self.dataset = corpus.prepare(self.config)
         if self.config.model.smear_document_mask and self.dataset.tokenizer.bos_id != BOS_ID:
@@ -54,9 +54,10 @@ class Trainer:
         self.loader = Prefetching(make_loader(self.dataset.train_shards, train, self.config.seed))
         self.step, self.train_seconds, self.last_loss, self.scale = 0, 0.0, math.nan, 1.0
         self.saved, self.stop_requested = 0, False
+        self.logged = 0, 0.0  # step and training seconds of the last point
+        self.take_step.warm_up(train.batch_tokens // train.sequence_length // world)
         for note in (*self.take_step.notes, f"float32 products by {products}"):
             self.print(note)
-        self.take_step.warm_up(train.batch_tokens // train.sequence_length // world)
         self.graphs = compiled_graphs()
         work = costs.per_token(self.config.model, train.sequence_length, causal=True).training
         ceiling = devices.product_ceiling(self.device, self.take_step.precision)
@@ -99,6 +100,7 @@ class Trainer:
         self.step = self.saved = progress["step"]
         self.loader.load_state(progress["loader"])
         self.train_seconds, self.last_loss = progress["train_seconds"], progress["train_loss"]
+        self.logged = self.step, self.train_seconds
         self.print(f"resuming at step {self.step}")
 
     def train(self) -> None:
@@ -110,6 +112,8 @@ class Trainer:
                 self.validate(self.model)
             begin = time.perf_counter()
             loss = self.train_step()
+            if self.device.type == "cuda":  # the clock is about work done, not about work queued
+                torch.cuda.synchronize(self.device)
             self.train_seconds += time.perf_counter() - begin
             self.step += 1
             last = self.step == train.steps or self.out_of_time()
@@ -127,9 +131,10 @@ class Trainer:
         """Training seconds by the first process's clock, the same on all; None where the clock decides nothing."""
         if not self.config.train.max_seconds:
             return None
+        if self.world == 1:
+            return self.train_seconds
         seconds = torch.tensor([self.train_seconds], dtype=torch.float64, device=self.device)
-        if self.world > 1:
-            dist.broadcast(seconds, 0)
+        dist.broadcast(seconds, 0)
         return float(seconds.item())
 
     def out_of_time(self) -> bool:
@@ -140,6 +145,9 @@ class Trainer:
     def train_step(self) -> Tensor:
         """One optimiser step on the next global batch; returns the loss on this process's rows before it."""
         train, step = self.config.train, self.step
+        if self.config.model.native_flow.enabled:  # the one loss that draws numbers, others in each step and process
+            sequence = np.random.SeedSequence([self.config.seed, step, self.rank])
+            torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
         inputs, targets = (torch.from_numpy(a[self.rank :: self.world]).to(self.device) for a in self.loader.next())
         self.scale = lr_scale(step, train, self.elapsed())
         try:
@@ -181,12 +189,18 @@ class Trainer:
         return f"training diverged: {what}. Lower train.matrix_lr, train.embed_lr or train.grad_clip{kept}"
 
     def log(self, loss: Tensor, seconds_per_step: float) -> None:
-        """Append one training point and, on a terminal, redraw the progress line."""
+        """Append one training point and, on a terminal, redraw the progress line.
+
+        Speed and MFU are those of training since the last point; the time left counts ``seconds_per_step``, the mean
+        with validations and checkpoints in it.
+        """
         mean = self.mean_loss(loss)
         if self.rank:
             return
         train = self.config.train
-        speed = train.batch_tokens / seconds_per_step
+        last_step, last_seconds = self.logged
+        speed = (self.step - last_step) * train.batch_tokens / max(self.train_seconds - last_seconds, 1e-9)
+        self.logged = self.step, self.train_seconds
         left = seconds_per_step * (train.steps - self.step)
         if train.max_seconds:
             left = min(left, train.max_seconds - self.train_seconds)
@@ -243,7 +257,7 @@ class Trainer:
                 "mfu": self.step * train.batch_tokens / max(self.train_seconds, 1e-9) / self.possible_tokens_per_second,
                 "compiled": self.take_step.compiled,
                 "warmup_seconds": self.take_step.warmup_seconds,
-                "recompilations": compiled_graphs() - self.graphs,
+                "recompilations": compiled_graphs() - self.graphs if self.take_step.compiled else 0,
                 "processes": self.world,
                 "dataset_fingerprint": data.fingerprint,
                 "unigram_bpb": data.info["unigram_bpb"],
@@ -266,7 +280,10 @@ class StopRequested(RunError):
 
 def _train(run: Run, rank: int, world: int) -> None:
     if world > 1:
-        backend = "nccl" if devices.choose_device(run.config, rank).type == "cuda" else "gloo"
+        device = devices.choose_device(run.config, rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))  # the first process validates while others wait
     try:
         trainer = Trainer(run, rank, world)

@@ -29,23 +29,24 @@ Side = dict[str, Callable[[], None]]  # a step of each part
 
 
 def plain_products() -> None:
-    """Float32 products as torch does them by default; the library's side takes those of the trainer."""
+    """torch as it is by default; the library's side runs under what the trainer sets (:func:`devices.prepare`)."""
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    torch.use_deterministic_algorithms(False)
 
 
 def plain_newton_schulz(x: Tensor) -> Tensor:
-    """Five quintic steps on one matrix, one formula a line."""
-    tall = x.size(0) > x.size(1)
-    x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+    """Five quintic steps on one matrix or a stack of them (..., rows, columns), one formula a line."""
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class PlainMuon:
-    """Muon one matrix at a time."""
+    """Muon one parameter at a time: a matrix, or a stack of matrices (n, rows, columns) as PR 1166 stores them."""
 
     def __init__(self, parameters: list[Tensor], config: TrainConfig) -> None:
         self.parameters, self.config = parameters, config
@@ -64,7 +65,7 @@ class PlainMuon:
             momentum.mul_(self.momentum).add_(gradient)
             update = plain_newton_schulz((gradient + self.momentum * momentum).to(self.dtype))
             weight.mul_(1 - self.lr * config.muon_weight_decay)
-            scale = max(1.0, weight.size(0) / weight.size(1)) ** 0.5
+            scale = max(1.0, weight.size(-2) / weight.size(-1)) ** 0.5
             weight.sub_(self.lr * scale * update.to(weight.dtype))
 
 
@@ -108,7 +109,7 @@ def measure(preset: str, precision: str, repeats: int, device: str, threads: int
     busy: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 2):  # two rounds warm up
         for name, side in sides.items():
-            devices.prepare(threads) if name == "golfbook.muon" else plain_products()
+            devices.prepare(threads, torch.device(device)) if name == "golfbook.muon" else plain_products()
             started_busy = time.process_time()
             for part in PARTS:
                 started = time.perf_counter()

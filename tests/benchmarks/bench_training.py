@@ -54,6 +54,16 @@ def batch(config: Config, rows: int, seed: int, device: str) -> tuple[Tensor, Te
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+@torch.no_grad()
+def unlike_zero(model: GPT) -> GPT:
+    """Give matrices that start at zero small random values: else whole components would not show in the first loss."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            parameter.normal_(0.0, 0.02, generator=generator)
+    return model
+
+
 def profiled(run: Callable[[], object]) -> dict[str, float]:
     """Share of the CPU time of ``run`` by kind of operation."""
     from torch.profiler import ProfilerActivity, profile
@@ -73,8 +83,8 @@ def measure(size: str, precision: str, options: argparse.Namespace) -> dict[str,
     """Time both sides and print them; returns the numbers."""
     preset, rows, banks = SIZES[size]
     config, device = ready(preset, precision, options.compile), torch.device(options.device)
-    devices.prepare(options.threads)
-    model = initialise(GPT(config.model), 0)
+    devices.prepare(options.threads, device)
+    model = unlike_zero(initialise(GPT(config.model), 0))
     plain = PlainStep(model, config, device, banks=banks)
     ours = TrainingStep(model, config, device)
     ceiling = devices.product_ceiling(device, precision)
@@ -83,12 +93,15 @@ def measure(size: str, precision: str, options: argparse.Namespace) -> dict[str,
     wall: dict[str, list[float]] = {name: [] for name in sides}
     busy: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
+
+    def switch(name: str) -> None:  # each side under its own settings: torch's defaults, and what the trainer sets
+        devices.prepare(options.threads, device) if name == "golfbook" else plain_products()
+
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for repeat in range(options.repeats + 1):  # the first round warms up
         inputs, targets = batch(config, rows, repeat, options.device)
         for name, step in sides.items():
-            # each side with its own library of float32 products: torch's default, and what the trainer takes
-            devices.prepare(options.threads) if name == "golfbook" else plain_products()
+            switch(name)
             started, started_busy = time.perf_counter(), time.process_time()
             losses[name].append(step(inputs, targets).item())
             wait()
@@ -117,6 +130,7 @@ def measure(size: str, precision: str, options: argparse.Namespace) -> dict[str,
     )
     if options.profile:
         for name, step in sides.items():
+            switch(name)
             shares = profiled(lambda step=step: step(inputs, targets))
             print(f"  {name:16s} " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
     if apart[0] > TOLERANCE[precision]:

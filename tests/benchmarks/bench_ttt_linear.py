@@ -45,7 +45,7 @@ def plain_loop(module: TTTLinear, x: Tensor) -> Tensor:
     gamma, delta = module.ttt_ln_w[:, None], module.ttt_ln_b[:, None]
     weight = module.W1.expand(batch, -1, -1, -1)
     bias = module.b1.expand(batch, -1, -1, -1)
-    lower = torch.ones(size, size, dtype=x.dtype).tril()
+    lower = torch.ones(size, size, dtype=x.dtype, device=x.device).tril()
     outputs = []
     for m in range(time_ // size):
         k, v, q = (t[:, :, m * size : (m + 1) * size] for t in (keys, values, queries))

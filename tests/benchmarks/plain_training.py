@@ -1,7 +1,7 @@
 """Training as a reader would write it from the formulas: the other side of ``bench_training.py``.
 
 Torch's own building blocks, one formula a line, autograd for everything: ``scaled_dot_product_attention``,
-``cross_entropy`` on all logits, the loop of TTT-Linear, Newton-Schulz as written, AdamW as torch has it by default.
+``cross_entropy`` on all logits, the loop of TTT-Linear, Newton-Schulz as written, torch's fused AdamW (as published).
 With ``banks`` the matrices of all layers are stacked and cut out layer by layer, as PR 1166's code stores them; else
 each matrix is a parameter and an orthogonalisation of its own, as in PR 1170 and 1232.
 """
@@ -16,7 +16,7 @@ from bench_optimizer import PlainMuon
 from bench_ttt_linear import plain_loop
 from torch import Tensor, nn
 
-from golfbook.config import Config, ModelConfig, TrainConfig
+from golfbook.config import Config, ModelConfig
 from golfbook.model import GPT
 from golfbook.muon import parameter_groups
 
@@ -33,6 +33,14 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
 
 
+def angles(config: ModelConfig, time: int) -> Tensor:
+    """Rotary angles (T, R/2) with the rule for long inputs."""
+    dims, base = config.rope_dims, config.rope_base
+    if time > config.rope_train_length:
+        base *= (time / config.rope_train_length) ** (dims / (dims - 2))
+    return torch.outer(torch.arange(time), base ** -(torch.arange(0, dims, 2) / dims))
+
+
 class PlainGPT(nn.Module):
     """The model of :class:`golfbook.model.GPT` for the presets of PR 1166 and 1232 and those scaled down from them."""
 
@@ -40,6 +48,7 @@ class PlainGPT(nn.Module):
         super().__init__()
         self.config: ModelConfig = model.config
         self.weights = nn.ParameterDict()
+        self.angles = torch.empty(0)
         state = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self.ttt, self.flow = (copy.deepcopy(getattr(model, n, None)) for n in ("ttt_refiner", "flow_refiner"))
         state = {name: value for name, value in state.items() if "_refiner." not in name}
@@ -88,12 +97,10 @@ class PlainGPT(nn.Module):
         return self.linear(y.reshape(batch, time, -1).to(x.dtype), f"{name}.proj.weight"), raw
 
     def rope(self, x: Tensor) -> Tensor:
-        config, time = self.config, x.size(1)
-        dims, base = config.rope_dims, config.rope_base
-        if time > config.rope_train_length:
-            base *= (time / config.rope_train_length) ** (dims / (dims - 2))
-        angles = torch.outer(torch.arange(time), base ** -(torch.arange(0, dims, 2) / dims)).to(x.device)
-        cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
+        dims = self.config.rope_dims
+        if self.angles.size(0) != x.size(1):
+            self.angles = angles(self.config, x.size(1)).to(x.device)
+        cos, sin = self.angles.cos()[:, None].to(x.dtype), self.angles.sin()[:, None].to(x.dtype)
         a, b, rest = x[..., : dims // 2], x[..., dims // 2 : dims], x[..., dims:]
         return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
@@ -149,34 +156,6 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-class BankMuon:
-    """Muon on stacks of matrices (n, rows, columns), all matrices of a stack at once, as PR 1166's code does it."""
-
-    def __init__(self, banks: list[Tensor], config: TrainConfig) -> None:
-        self.banks, self.config, self.lr, self.momentum = banks, config, config.matrix_lr, config.muon_momentum
-        self.dtype = getattr(torch, config.muon_dtype)
-        self.momenta = [torch.zeros_like(b, dtype=getattr(torch, config.muon_momentum_dtype)) for b in banks]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update every bank."""
-        config = self.config
-        for bank, momentum in zip(self.banks, self.momenta, strict=True):
-            assert bank.grad is not None
-            gradient = bank.grad.to(momentum.dtype)
-            momentum.mul_(self.momentum).add_(gradient)
-            x = (gradient + self.momentum * momentum).to(self.dtype)
-            tall = x.size(-2) > x.size(-1)
-            x = x.mT if tall else x
-            x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-            for _ in range(config.newton_schulz_steps):
-                gram = x @ x.mT
-                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
-            x = x.mT if tall else x
-            bank.mul_(1 - self.lr * config.muon_weight_decay)
-            bank.sub_(self.lr * max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5 * x.to(bank.dtype))
-
-
 class PlainStep:
     """Forward, backward, clipping and update of :class:`PlainGPT`, called like :class:`golfbook.steps.TrainingStep`."""
 
@@ -188,9 +167,7 @@ class PlainStep:
         tables = {name.replace(".", "/") for name in groups["embed"]}
         stacks = [parameter for name, parameter in own.items() if name.startswith("bank ")]
         matrices = {name.replace(".", "/") for name in groups["matrix"]} & set(own)
-        self.muon: list[BankMuon | PlainMuon] = [BankMuon(stacks, train)] if stacks else []
-        if matrices:
-            self.muon.append(PlainMuon([own[name] for name in matrices], train))
+        self.muon = PlainMuon([*stacks, *(own[name] for name in matrices)], train)
         used = {id(p) for p in (*stacks, *(own[name] for name in matrices | tables))}
         others = [parameter for parameter in self.model.parameters() if id(parameter) not in used]
         self.adam = torch.optim.AdamW(
@@ -201,15 +178,13 @@ class PlainStep:
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_eps,
             weight_decay=train.adam_weight_decay,
-            foreach=False,
-            fused=False,
+            fused=True,
         )
         self.autocast = config.train.precision == "bfloat16"
 
     def schedule(self, lr_scale: float, momentum: float) -> None:
         """Set the rates and Muon's momentum of the next step."""
-        for muon in self.muon:
-            muon.lr, muon.momentum = self.config.matrix_lr * lr_scale, momentum
+        self.muon.lr, self.muon.momentum = self.config.matrix_lr * lr_scale, momentum
         for group, rate in zip(self.adam.param_groups, (self.config.embed_lr, self.config.scalar_lr), strict=True):
             group["lr"] = rate * lr_scale
 
@@ -230,7 +205,6 @@ class PlainStep:
             loss = self.model(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        for muon in self.muon:
-            muon.step()
+        self.muon.step()
         self.adam.step()
         return loss.detach()
