@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from golfbook import launcher, runs, stages, training
+from golfbook import devices, launcher, runs, stages, training
 from golfbook.checkpoints import load_model, read_progress
 from golfbook.config import load_config
 from golfbook.errors import CheckpointError, RunError
@@ -291,6 +291,27 @@ def test_every_way_to_train_matters_and_resumes_exactly(corpus_file, monkeypatch
 def load_averaged(run: Run) -> dict:
     train_here(run)
     return load_model(run).state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    bool(devices.why_not_compile(torch.device("cpu"))), reason=devices.why_not_compile(torch.device("cpu"))
+)
+def test_a_compiled_run_trains_alike_with_its_compile_time_apart(corpus_file):
+    """Validation, fake quantisation and resuming happen around the compiled step, and none makes it compile again."""
+    settings = {"train.qat_start": 0.5, "train.compile_warmup_steps": 3}
+    eager, run = (
+        make_run(corpus_file, "eager", **settings),
+        make_run(corpus_file, "compiled", **settings, **{"train.compile": True}),
+    )
+    train_here(eager)
+    launcher.launch(run)
+    result = launcher.follow(run, poll=0.05)
+    assert result["compiled"] and result["recompilations"] == 0
+    assert result["train_seconds"] < result["warmup_seconds"]  # compiling takes longer than these twelve steps
+    losses = [[p["loss"] for p in r.read_metrics() if p["kind"] == "train"] for r in (eager, run)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert "compiled by torch.compile" in launcher.log_tail(run, 50)
 
 
 def test_the_clock_ends_training(corpus_file):
