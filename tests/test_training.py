@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
 import resource
 import signal
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -314,16 +316,22 @@ def test_a_compiled_run_trains_alike_with_its_compile_time_apart(corpus_file):
     assert "compiled by torch.compile" in launcher.log_tail(run, 50)
 
 
-def test_the_clock_ends_training(corpus_file):
+def test_the_clock_ends_training(corpus_file, monkeypatch):
+    """By a clock on which every step takes 5 ms, whatever this machine is doing: 0.5 s are 100 steps."""
+    ticks = itertools.count()
+    monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks) * 0.005))
     run = make_run(
         corpus_file, "clock", **{"train.steps": 100000, "train.max_seconds": 0.5, "train.warmdown_steps": 10}
     )
     train_here(run)
     result = run.read_result("training")
-    assert 5 < result["steps"] < 100000
-    assert 0.5 <= result["train_seconds"] < 30
+    assert result["steps"] == pytest.approx(100, abs=1)
+    assert result["train_seconds"] == pytest.approx(0.5, abs=0.006)
     points = [p for p in run.read_metrics() if p["kind"] == "train"]
     assert points[0]["lr_scale"] == 1.0 > points[-1]["lr_scale"]
+    flat = [p["step"] for p in points if p["lr_scale"] == 1.0]
+    assert flat[-1] == pytest.approx(90, abs=3)  # ten steps' worth of time is warmdown
+    assert points[0]["tokens_per_second"] == pytest.approx(256 / 0.005)  # the mean of training since the last point
     assert stages.run_training(run) == result
 
 
