@@ -1,6 +1,6 @@
 """Does faster training cost bits per byte? The quickstart model trained by the library and by the straightforward code.
 
-    python tests/benchmarks/bench_quality.py [--seeds 1 2 3 4 5] [--steps 300]
+    python tests/benchmarks/bench_quality.py [--seeds 1 2 ... 10] [--steps 300]
 
 Both sides start from the same weights, read the same batches under the same schedule, and keep the same moving average;
 the averaged weights are scored by the library on the whole validation split. The straightforward side is
@@ -80,7 +80,7 @@ def main() -> None:
     """Train both sides from every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="quickstart")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
     options = parser.parse_args()
