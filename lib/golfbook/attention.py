@@ -72,8 +72,9 @@ def _flash3_obstacle() -> str:
     return ""
 
 
-def _require(backend: Backend, q: Tensor, training: bool) -> None:
-    reason = why_not(backend, q.device, q.dtype, training=training)
+def require(backend: Backend, device: torch.device, dtype: torch.dtype, *, training: bool = True) -> None:
+    """Raise :class:`RunError` with the reason where :func:`why_not` has one."""
+    reason = why_not(backend, device, dtype, training=training)
     if reason:
         raise RunError(f"train.attention '{backend}' cannot run here: {reason}; use 'auto'")
 
@@ -87,7 +88,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    _require("flash3", q, training=True)
+    require("flash3", q.device, q.dtype)
     from flash_attn_interface import flash_attn_func
 
     out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
@@ -97,7 +98,8 @@ def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    _require("flex", q, training=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    require("flex", q.device, q.dtype, training=training)
     compute: Any = flex_attention
     if q.is_cuda and not torch.compiler.is_compiling():
         compute = _compiled_flex()  # uncompiled, it is the masked formula with all scores in memory

@@ -52,9 +52,7 @@ class TrainingStep:
         model.checkpoint_activations = train.checkpoint_activations
         model.use_attention(train.attention)
         self.precision, reason = devices.choose_precision(config, device)
-        obstacle = attention.why_not(train.attention, device, getattr(torch, self.precision))
-        if obstacle:
-            raise RunError(f"train.attention '{train.attention}' cannot run here: {obstacle}; use 'auto'")
+        attention.require(train.attention, device, getattr(torch, self.precision))
         self.notes = [f"activations in {self.precision}: {reason}"]
         self.optimizers = make_optimizers(model, train)
         self.compiled = False
@@ -119,8 +117,7 @@ class TrainingStep:
 
     def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Replace all gradients by those of this batch, averaged over processes; returns the loss as a call does."""
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        self.model.zero_grad(set_to_none=True)
         parts = self.config.train.micro_batches
         loss = torch.zeros((), device=self.device)
         pieces = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
