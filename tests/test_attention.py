@@ -53,23 +53,48 @@ def test_bfloat16_stays_near_the_exact_values(backend):
     torch.testing.assert_close(out.double(), masked_attention(*exact), atol=0.03, rtol=0.02)
 
 
-def test_what_auto_takes_and_why_the_others_cannot_run(monkeypatch):
+def test_what_can_run_here_and_why_the_others_cannot(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert attention.choose(cpu, torch.bfloat16) == "blocked"
-    assert attention.choose(torch.device("meta"), torch.bfloat16) == "sdpa"
+    assert attention.candidates(cpu, torch.bfloat16, training=True) == ["sdpa", "blocked"]
     assert attention.why_not("sdpa", cpu, torch.float32) == ""
     monkeypatch.setattr(attention, "_flash3_obstacle", lambda: "No module named 'flash_attn_interface'")
-    assert attention.choose(gpu, torch.bfloat16) == "sdpa"
+    assert attention.candidates(gpu, torch.bfloat16, training=True) == ["sdpa"]
     with pytest.raises(RunError, match=r"flash_attn_interface\) cannot be imported.*; use 'auto'"):
         causal_attention(*heads(4), "flash3")
     monkeypatch.setattr(attention, "_flash3_obstacle", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert attention.choose(gpu, torch.bfloat16) == "flash3"
-    assert attention.choose(gpu, torch.float32) == "sdpa"
+    assert attention.candidates(gpu, torch.bfloat16, training=True) == ["sdpa", "flash3"]
+    assert attention.candidates(gpu, torch.float32, training=True) == ["sdpa"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert attention.choose(gpu, torch.bfloat16) == "sdpa"
+    assert attention.candidates(gpu, torch.bfloat16, training=True) == ["sdpa"]
     with pytest.raises(RunError, match="needs a Hopper GPU"):
         causal_attention(*heads(4), "flash3")
+
+
+def test_auto_is_what_was_measured_for_the_kind_of_call(monkeypatch):
+    called = []
+    for name in ("blocked", "sdpa"):
+        compute = attention._COMPUTE[name]
+        monkeypatch.setitem(
+            attention._COMPUTE, name, lambda *x, name=name, compute=compute: called.append(name) or compute(*x)
+        )
+    monkeypatch.setattr(attention, "_measured", {})
+    q, k, v = (x.float() for x in heads(8))
+    causal_attention(q, k, v)
+    attention.use_measured({attention.case(False, torch.float32, 8): "blocked"})
+    with torch.no_grad():
+        causal_attention(q, k, v)
+    causal_attention(q.detach(), k.detach(), v.detach())
+    causal_attention(q.requires_grad_(), k, v)
+    causal_attention(*(x.detach().repeat(1, 1, 100, 1) for x in (q, k, v)))  # long
+    assert called == ["sdpa", "blocked", "blocked", "sdpa", "sdpa"]
+
+
+def test_inference_computes_what_training_computes():
+    for time in (60, 700):
+        q, k, v = (x.detach().float() for x in heads(time))
+        trained = causal_attention(q.clone().requires_grad_(), k, v, "blocked").detach()
+        assert torch.equal(causal_attention(q, k, v, "blocked"), trained)
 
 
 def test_flash_attention_3_is_called_in_its_own_layout(monkeypatch):

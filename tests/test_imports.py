@@ -45,6 +45,7 @@ ORDER = [
     "devices",
     "diagnostics",
     "steps",
+    "choices",
     "launcher",
     "training",
     "artifact",

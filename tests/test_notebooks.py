@@ -17,6 +17,7 @@ import pandas as pd
 import papermill
 import pytest
 
+from conftest import invent_choices
 from golfbook import corpus
 from golfbook.config import load_config
 from golfbook.plan import STAGE_PARAMETERS
@@ -136,6 +137,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs, cache, figures and a small corpus of their own; kernels inherit them from this process."""
     folder = tmp_path_factory.mktemp("notebooks")
     words = random.Random(0)
+    invent_choices(folder / "cache")
     with (folder / "corpus.jsonl").open("w", encoding="utf-8") as stream:
         for _ in range(300):
             text = " ".join(words.choice(VOCABULARY.split()) for _ in range(words.randint(30, 90)))

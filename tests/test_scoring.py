@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,17 +39,17 @@ class RunningMean(nn.Module):
     def __init__(self, vocab_size: int = 13, width: int = 6) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        self.config = SimpleNamespace(vocab_size=vocab_size)
+        self.config = SimpleNamespace(vocab_size=vocab_size, ttt_linear=SimpleNamespace(enabled=False))
         self.table = nn.Parameter(torch.randn(vocab_size, width, generator=generator))
         self.head = nn.Parameter(torch.randn(vocab_size, width, generator=generator))
         self.dropout = nn.Dropout(0.5)  # scoring in training mode would show
         self.inputs: list[torch.Tensor] = []
         self.head_rows = 0
 
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, length: int | None = None) -> torch.Tensor:
         self.inputs.append(tokens)
-        length = tokens.size(1)
-        mean = self.table[tokens].cumsum(1) / torch.arange(1, length + 1)[:, None]
+        length = length or tokens.size(1)
+        mean = self.table[tokens].cumsum(1) / torch.arange(1, tokens.size(1) + 1)[:, None]
         return self.dropout(mean + 0.01 * length)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -124,7 +126,7 @@ def test_score_equals_the_per_window_loop(targets, size, batch):
     assert nll.dtype == np.float32 and nll.shape == (targets,)
     assert model.head_rows == targets  # only scored positions reach the head, each once
     assert len({x.shape for x in model.inputs}) == 1
-    assert model.inputs[0].shape[0] <= batch and model.inputs[0].shape[1] == window
+    assert model.inputs[0].shape[0] <= batch and model.inputs[0].shape[1] == min(window, targets)
     np.testing.assert_allclose(nll, by_hand(model, tokens, window, stride), atol=2e-5)
 
 
@@ -200,6 +202,53 @@ def test_passes_on_a_cpu_stay_small():
     assert {x.numel() for x in model.inputs} == {scoring.CPU_TOKENS}
 
 
+@pytest.mark.parametrize("preset", ["pr1166_e2e_ttt_flow", "pr1232_flow", "pr1406"])
+def test_a_window_longer_than_the_text_changes_no_score(preset, monkeypatch):
+    """Beyond 1,024 positions the rotary base depends on the window, and TTT-Linear on whole mini-batches."""
+    model = initialise(GPT(load_config(preset, scale="tiny").model), 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    tokens = random_tokens(38, 1024)
+    whole = by_hand(model, tokens, 2048, 2048)
+    rows = []
+    hidden = GPT.hidden
+    monkeypatch.setattr(
+        GPT, "hidden", lambda self, tokens, length=None: rows.append(tokens.shape) or hidden(self, tokens, length)
+    )
+    np.testing.assert_allclose(score(model, tokens, window=2048, stride=64), whole, atol=2e-5, rtol=0)
+    assert rows == [(1, 48 if model.config.ttt_linear.enabled else 37)]
+
+
+MEMORY = """
+import resource, sys
+import numpy as np, torch
+from golfbook.config import load_config
+from golfbook.model import GPT, initialise
+from golfbook import attention, scoring
+torch.set_num_threads(1)
+attention.use_measured({"inference, float32, long": "blocked"})
+small = {"model.num_layers": 2, "model.xsa": 1, "model.model_dim": 32, "model.num_heads": 2, "model.num_kv_heads": 1}
+model = initialise(GPT(load_config("quickstart", overrides=small).model), 0)
+count, window = int(sys.argv[1]), int(sys.argv[2])
+tokens = np.random.default_rng(0).integers(0, 1024, count + 1).astype(np.uint16)
+scoring.score(model, tokens[:65], window=64, stride=64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+scoring.score(model, tokens, window=window, stride=window)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.parametrize(("targets", "window", "most"), [(1, 1_000_000, 150), (8000, 8000, 150)])
+def test_memory_of_long_windows(targets, window, most):
+    """MiB beyond a short score: a million rotary angles take 60; 8,000 positions kept 250 of weights a layer."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(targets), str(window)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < most
+
+
 def test_modes_come_back_and_gradients_still_flow(small_gpt):
     model = GPT(small_gpt.config)
     model.load_state_dict(small_gpt.state_dict())
@@ -216,7 +265,7 @@ def test_modes_come_back_and_gradients_still_flow(small_gpt):
     assert all(p.grad is not None for p in model.parameters())
 
     class Broken(RunningMean):
-        def hidden(self, tokens):
+        def hidden(self, tokens, length=None):
             raise KeyError("stop")
 
     broken = Broken().train()

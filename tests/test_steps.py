@@ -124,46 +124,49 @@ def test_the_straightforward_side_of_the_benchmarks_computes_the_same(preset, ba
         assert (state[name] - value).norm() <= 0.01 * value.norm(), name
 
 
-def test_precision_follows_the_hardware(monkeypatch):
+def test_precision_is_what_was_measured(monkeypatch):
+    measured = devices.Choices(
+        precision={"short": "bfloat16", "long": "float32"},
+        seconds={"precision, short": {"float32": 0.06, "bfloat16": 0.04}},
+    )
     config = tiny(**{"train.precision": "auto"})
-    for amx, avx, expected in ((True, True, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
-        precision, reason = devices.choose_precision(config, CPU)
-        assert precision == expected and "CPU" in reason
-    assert devices.choose_precision(tiny(), CPU) == ("float32", "train.precision says so")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert devices.choose_precision(config, torch.device("cuda"))[0] == "float32"
+    assert devices.choose_precision(config) == ("float32", "nothing was measured on this machine")
+    monkeypatch.setattr(devices, "_current", measured)
+    assert devices.choose_precision(config) == ("bfloat16", "measured: float32 60 ms, bfloat16 40 ms")
+    long = tiny(**{"train.precision": "auto", "train.sequence_length": 1024, "train.batch_tokens": 1024})
+    assert devices.choose_precision(long)[0] == "float32"
+    assert devices.choose_precision(tiny()) == ("float32", "train.precision says so")
     with pytest.raises(RunError, match="sees no CUDA device"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         devices.choose_device(tiny(**{"train.device": "cuda"}))
 
 
-def test_float32_products_stay_float32_whatever_computes_them():
-    """The setting that hands products to oneDNN permits bfloat16, so a machine where it rounds must keep MKL."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    try:
-        assert devices.prepare(1, torch.device("cuda")) == "torch's default"
-        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
-        chosen = devices.prepare(1, CPU)
-        assert chosen in ("oneDNN", "torch's default")
+@pytest.fixture
+def settings():
+    """What a test changes in the whole process is as before afterwards."""
+    threads = torch.get_num_threads()
+    yield
+    devices.prepare(threads, CPU, devices.Choices())
+    torch.use_deterministic_algorithms(False)
+
+
+def test_float32_products_stay_float32_whatever_computes_them(settings):
+    """The setting that hands products to oneDNN permits bfloat16, so a machine where it rounds must not use it."""
+    for library in ("torch", "onednn"):
+        if library == "onednn" and not devices.products_are_exact(library):
+            continue
+        devices.prepare(1, CPU, devices.Choices(library))
         generator = torch.Generator().manual_seed(3)
         a, b = torch.randn(300, 200, generator=generator), torch.randn(200, 100, generator=generator)
         error = ((a @ b).double() - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm()
         assert error < devices.EXACT
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
-        torch.use_deterministic_algorithms(False)
 
 
 def test_rounded_products_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    devices._onednn_is_exact.cache_clear()
+    assert devices.products_are_exact("torch")
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: bmm(a.bfloat16(), b.bfloat16()).float())
-    assert not devices._onednn_is_exact()
-    devices._onednn_is_exact.cache_clear()
+    assert not devices.products_are_exact("onednn")
 
 
 def test_the_ceiling_is_a_speed_of_products():

@@ -1,4 +1,4 @@
-"""Causal attention by whatever computes it fastest here: blocks of matrix products on a CPU, fused kernels on a GPU.
+"""Causal attention by whatever was measured to be fastest here: torch's own kernel, blocks of products, and others.
 
 Softmax attention with scale 1/sqrt(d) and grouped queries is one formula; :func:`causal_attention` is the one door to
 everything that can compute it. The tests compare each backend that runs here with the masked formula, ``make
@@ -8,7 +8,8 @@ gpu-check`` does the same on a GPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -20,32 +21,55 @@ from golfbook.errors import RunError
 
 Backend = Literal["auto", "blocked", "sdpa", "flex", "flash3"]
 QUERY_BLOCK = 128  # positions of one block on a CPU: what lies above the diagonal is skipped block by block
-SHORT = 512  # up to this length blocks are half as long
+SHORT = 512  # up to this length blocks are half as long, and what was measured on short sequences counts
+_measured: dict[str, Backend] = {}  # what "auto" stands for in this process, by case()
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Tensor:
     """Softmax attention of each position over itself and those before, scale 1/sqrt(d).
 
-    ``q`` is (B, H, T, d), ``k`` and ``v`` are (B, K, T, d) with H a multiple of K; returns (B, H, T, d). What "auto"
-    stands for says :func:`choose`. Raises :class:`RunError` for a backend that cannot run here.
+    ``q`` is (B, H, T, d), ``k`` and ``v`` are (B, K, T, d) with H a multiple of K; returns (B, H, T, d). "auto" is
+    what :func:`use_measured` was told last, else torch's own kernel. Raises :class:`RunError` for a backend that cannot
+    run here.
     """
     if has_torch_function((q, k, v)):  # so that a TorchFunctionMode can watch attention whatever computes it
         return handle_torch_function(causal_attention, (q, k, v), q, k, v, backend)
-    if backend == "auto":
-        backend = choose(q.device, q.dtype)
-    return _COMPUTE[backend](q, k, v)
+    return _COMPUTE[_auto(q, k, v) if backend == "auto" else backend](q, k, v)
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend that "auto" stands for.
+def case(training: bool, dtype: torch.dtype, time: int) -> str:
+    """The kind of call that one choice of "auto" covers, such as ``"training, bfloat16, long"``."""
+    use, kind = "training" if training else "inference", str(dtype).removeprefix("torch.")
+    return f"{use}, {kind}, {'short' if time <= SHORT else 'long'}"
 
-    FlashAttention-3 where its package is importable, the GPU is a Hopper and the dtype is bfloat16 or float16; torch's
-    fused kernel on other GPUs; on a CPU plain matrix products by blocks, which beat torch's CPU kernel at the lengths
-    used here, above all in bfloat16. Flex attention is never chosen: for a plain causal mask it has no advantage.
+
+def use_measured(table: Mapping[str, Backend]) -> None:
+    """Let "auto" stand for these backends in this process, by :func:`case`; for torch's own kernel elsewhere.
+
+    :mod:`golfbook.choices` measures them.
     """
-    if device.type == "cpu":
-        return "blocked"
-    return "sdpa" if device.type != "cuda" or why_not("flash3", device, dtype) else "flash3"
+    _measured.clear()
+    _measured.update(table)
+
+
+def _auto(q: Tensor, k: Tensor, v: Tensor) -> Backend:
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return measured(training, q.dtype, q.size(2))
+
+
+def measured(training: bool, dtype: torch.dtype, time: int) -> Backend:
+    """The backend that "auto" stands for in this process."""
+    return _measured.get(case(training, dtype, time), "sdpa")
+
+
+def candidates(device: torch.device, dtype: torch.dtype, training: bool) -> list[Backend]:
+    """Backends that are worth measuring here, torch's own kernel first.
+
+    Blocks of matrix products on a CPU, FlashAttention-3 where it runs. Never flex attention: for a plain causal mask it
+    has no advantage.
+    """
+    other: Backend = "blocked" if device.type == "cpu" else "flash3"
+    return ["sdpa"] if why_not(other, device, dtype, training=training) else ["sdpa", other]
 
 
 def why_not(backend: Backend, device: torch.device, dtype: torch.dtype, *, training: bool = True) -> str:
@@ -158,6 +182,23 @@ def _mask(time: int, share: int, dtype: torch.dtype, device: torch.device) -> Te
         return mask.triu_(1).repeat_interleave(share, 0)
 
 
+def _infer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The output (B, H, T, d) alone: all blocks share two buffers, and no weights outlive their block."""
+    shape, groups, width = q.shape, k.size(1), q.size(3)
+    q, k, v = _ordered(q, groups, width**-0.5), _ordered(k, groups), _ordered(v, groups)
+    out = torch.empty_like(q)
+    most = max(rows.stop - rows.start for rows, _, _ in _blocks(q, k, masks=False))
+    buffers = q.new_empty(2, q.size(0) * most * k.size(1))
+    for rows, stop, mask in _blocks(q, k):
+        block = (q.size(0), rows.stop - rows.start, stop)
+        scores, weights = (buffer[: prod(block)].view(block) for buffer in buffers)
+        torch.bmm(q[:, rows], k[:, :stop].mT, out=scores)
+        scores[:, :, stop - mask.size(1) :] += mask
+        torch.softmax(scores, -1, out=weights)
+        torch.bmm(weights, v[:, :stop], out=out[:, rows])
+    return _unordered(out, shape, groups)
+
+
 def _run(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """The output (B, H, T, d), and what the backward pass needs: ordered q, k, v, output, and weights by block."""
     shape, groups, width = q.shape, k.size(1), q.size(3)
@@ -202,10 +243,11 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        if not any(ctx.needs_input_grad):
+            return _infer(*inputs)
         output, *saved = _run(*inputs)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*saved)
-            ctx.groups = inputs[1].size(1)
+        ctx.save_for_backward(*saved)
+        ctx.groups = inputs[1].size(1)
         return output
 
     @staticmethod

@@ -1,25 +1,46 @@
-"""What this machine computes with: device and precision by capability, and how fast its matrix products are.
+"""What this process computes with: device, threads, precision, library of products, attention; and its ceiling.
 
-Every choice comes with its reason, which is logged; none needs a person to know the machine.
+What was measured to be fastest on a machine is a :class:`Choices`; :mod:`golfbook.choices` makes one, and
+:func:`prepare` puts it to use. A process that was told nothing uses torch's defaults and float32.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import ctypes
 import importlib.util
 import os
 import resource
 import shutil
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
+from golfbook import attention
 from golfbook.config import Config
 from golfbook.errors import RunError
 
 EXACT = 1e-5  # relative error of a float32 product; products rounded to bfloat16 are off by 2e-3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+Products = Literal["torch", "onednn"]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is fastest on a machine, and the seconds that show it."""
+
+    products: Products = "torch"  # library of float32 products on a CPU
+    precision: Mapping[str, str] = field(default_factory=dict)  # of activations, for "short" and "long" sequences
+    attention: Mapping[str, attention.Backend] = field(default_factory=dict)  # by attention.case
+    seconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # choice -> candidate -> seconds
+    identity: Mapping[str, str] = field(default_factory=dict)  # the machine, libraries and switches it was measured on
+
+
+_current = Choices()
 
 
 def choose_device(config: Config, rank: int = 0) -> torch.device:
@@ -32,63 +53,66 @@ def choose_device(config: Config, rank: int = 0) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
-def choose_precision(config: Config, device: torch.device) -> tuple[str, str]:
-    """Dtype of activations, "float32" or "bfloat16", and the reason; ``train.precision`` "auto" asks the hardware.
-
-    "auto" takes bfloat16 where the processor multiplies it natively: GPUs from Ampere on, CPUs with AMX or AVX512-BF16.
-    Elsewhere it would be slower than float32.
-    """
+def choose_precision(config: Config) -> tuple[str, str]:
+    """Dtype of activations, "float32" or "bfloat16", and the reason; "auto" is what was measured to be faster."""
     if config.train.precision != "auto":
         return config.train.precision, "train.precision says so"
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bfloat16", "the GPU has it") if native else ("float32", "the GPU has no bfloat16")
-    if torch.cpu._is_amx_tile_supported():
-        return "bfloat16", "the CPU has AMX"
-    if torch.cpu._is_avx512_bf16_supported():
-        return "bfloat16", "the CPU has AVX512-BF16"
-    return "float32", "the CPU has no bfloat16 products"
+    length = "short" if config.train.sequence_length <= attention.SHORT else "long"
+    if length not in _current.precision:
+        return "float32", "nothing was measured on this machine"
+    times = _current.seconds.get(f"precision, {length}", {})
+    figures = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in times.items())
+    return _current.precision[length], f"measured: {figures}" if figures else "measured"
 
 
-def prepare(threads: int, device: torch.device) -> str:
-    """Set up this process: threads, repeatable kernels, and the library of float32 products, which is returned.
-
-    torch multiplies float32 matrices with MKL, which leaves half of the vector units of AMD's CPUs idle. oneDNN does
-    not, and torch hands float32 products to it once it *may* round them to bfloat16. Without AMX it does not do so, and
-    whether it does is measured here: where the products are not exact to float32, MKL stays.
-    """
+def prepare(threads: int, device: torch.device, choices: Choices) -> None:
+    """Set up this process: threads, repeatable kernels, and what was measured to be fastest on this machine."""
+    global _current
+    _current = choices
     torch.set_num_threads(threads)
+    _keep_freed_memory()
     torch.use_deterministic_algorithms(True, warn_only=True)
     fills: Any = torch.utils.deterministic
     fills.fill_uninitialized_memory = False  # a help for debugging that costs 2 % of a step
-    chosen = "oneDNN" if device.type == "cpu" and _onednn_is_exact() else "torch's default"
-    _products().fp32_precision = "bf16" if chosen == "oneDNN" else "ieee"
-    return chosen
+    use_products(choices.products if device.type == "cpu" else "torch")
+    attention.use_measured(choices.attention)
 
 
-def _products() -> Any:
-    return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch sets it without declaring it
+def _keep_freed_memory() -> None:
+    """Let glibc reuse freed memory instead of handing it back: to have it mapped anew costs up to a fifth of a step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        tune = ctypes.CDLL(None).mallopt
+        tune(M_TRIM_THRESHOLD, 2**31 - 1)
+        tune(M_MMAP_THRESHOLD, 2**25)  # the most that glibc takes
 
 
-@functools.cache
-def _onednn_is_exact() -> bool:
-    if not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return False  # the first has no such path in torch, the second would really round
-    settings = _products()
-    before = settings.fp32_precision
+def use_products(library: Products) -> None:
+    """Compute float32 products of this process by torch's default, which is mostly MKL, or by oneDNN.
+
+    MKL leaves half of the vector units of AMD's CPUs idle and oneDNN does not; torch hands float32 products to oneDNN
+    once it *may* round them to bfloat16. Whether it then does depends on the processor: ask :func:`products_are_exact`.
+    """
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if library == "onednn" else "ieee"  # type: ignore[attr-defined]
+
+
+def products_are_exact(library: Products) -> bool:
+    """Whether a library's float32 products are exact to float32, of matrices small and large, one and many."""
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(128, 128, generator=generator) for _ in range(2))
-    exact = a.double() @ b.double()
+    shapes = ((128, 128, 128), (1024, 512, 256))
+    pairs = [(torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator)) for m, k, n in shapes]
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     try:
-        settings.fp32_precision = "bf16"
-        errors = [
-            (product.double() - exact).norm() / exact.norm() for product in (a @ b, torch.bmm(a[None], b[None])[0])
-        ]
+        use_products(library)
+        errors = []
+        for a, b in pairs:
+            exact = a.double() @ b.double()
+            products = (a @ b, torch.bmm(a[None], b[None])[0], torch.nn.functional.linear(a, b.T))
+            errors += [((product.double() - exact).norm() / exact.norm()).item() for product in products]
     except RuntimeError:  # an older torch has another name for it
         return False
     finally:
-        settings.fp32_precision = before
-    return max(errors).item() < EXACT
+        torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore[attr-defined]
+    return max(errors) < EXACT
 
 
 def product_ceiling(device: torch.device, precision: str, size: int = 0, repeats: int = 5) -> float:

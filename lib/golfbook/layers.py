@@ -59,11 +59,16 @@ class Attention(nn.Module):
             self.attn_gate = nn.Linear(dim, config.num_heads, bias=True)
 
     def forward(
-        self, x: Tensor, value_embedding: Tensor | None = None, first_values: Tensor | None = None
+        self,
+        x: Tensor,
+        value_embedding: Tensor | None = None,
+        first_values: Tensor | None = None,
+        length: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (output (B, T, D), raw values (B, T, K*d)).
 
-        ``value_embedding`` (B, T, K*d) is added to the values; ``first_values`` are layer 0's raw values.
+        ``value_embedding`` (B, T, K*d) is added to the values; ``first_values`` are layer 0's raw values. ``length``
+        is the number of positions that the rotary base is made for, where ``x`` is only the beginning of them.
         """
         config = self.config
         batch, time, _ = x.shape
@@ -78,9 +83,9 @@ class Attention(nn.Module):
         elif first_values is not None:
             v = v + torch.sigmoid(self.vrl_alpha).to(v.dtype) * first_values
         v = v.view(batch, time, config.num_kv_heads, config.head_dim)
-        cos, sin = rope_tables(
-            time, config.rope_dims or config.head_dim, config.rope_base, config.rope_train_length, x.device
-        )
+        rotated = config.rope_dims or config.head_dim
+        tables = rope_tables(length or time, rotated, config.rope_base, config.rope_train_length, x.device)
+        cos, sin = (table[:time] for table in tables)
         q, k = normed_heads(q, cos, sin, self.q_gain), normed_heads(k, cos, sin)
         y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.backend).transpose(1, 2)
         if self.exclusive:  # XSA, PR 1166 section 5 step 8
@@ -143,12 +148,17 @@ class Block(nn.Module):
             self.dtg_gate = nn.Linear(dim, 1)
 
     def forward(
-        self, x: Tensor, x0: Tensor, value_embedding: Tensor | None = None, first_values: Tensor | None = None
+        self,
+        x: Tensor,
+        x0: Tensor,
+        value_embedding: Tensor | None = None,
+        first_values: Tensor | None = None,
+        length: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return (stream (B, T, D), raw values of this layer (B, T, K*d))."""
+        """Return (stream (B, T, D), raw values of this layer (B, T, K*d)); ``length`` as in :class:`Attention`."""
         u = mix(x, x0, self.resid_mix)
         normed = rms_norm(u, self.scale)
-        attended, values = self.attn(self._canon("a", normed), value_embedding, first_values)
+        attended, values = self.attn(self._canon("a", normed), value_embedding, first_values, length)
         y = add_scaled(u, self.attn_scale, attended)
         out = add_scaled(y, self.mlp_scale, self.mlp(self._canon("c", rms_norm(y, self.scale))))
         if hasattr(self, "dtg_gate"):

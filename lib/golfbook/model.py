@@ -67,12 +67,16 @@ class GPT(nn.Module):
             if isinstance(module, Attention):
                 module.backend = backend
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Map token ids (B, T) int64 to the refined final state (B, T, D) that the output head reads."""
-        x = self._refine(self._trunk(tokens))
+    def hidden(self, tokens: Tensor, length: int | None = None) -> Tensor:
+        """Map token ids (B, T) int64 to the refined final state (B, T, D) that the output head reads.
+
+        ``length`` >= T computes what the first T positions of an input of that length have: the rotary base depends on
+        it. With TTT-Linear T must be a multiple of its mini-batch for that.
+        """
+        x = self._refine(self._trunk(tokens, length))
         return x + self.native_flow(x) if self.config.native_flow.enabled else x
 
-    def _trunk(self, tokens: Tensor) -> Tensor:
+    def _trunk(self, tokens: Tensor, length: int | None = None) -> Tensor:
         config = self.config
         x = self.tok_emb(tokens)
         if config.bigram.vocab_size:
@@ -90,7 +94,7 @@ class GPT(nn.Module):
         stack: list[Tensor] = []
 
         def run(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            inputs = (x, x0, embeddings.get(i), first if i else None)
+            inputs = (x, x0, embeddings.get(i), first if i else None, length)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 return checkpoint(self.blocks[i], *inputs, use_reentrant=False)
             return self.blocks[i](*inputs)

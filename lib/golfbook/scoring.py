@@ -114,9 +114,9 @@ def score_windows(
 ) -> NDArray[np.float32]:
     """Return the negative log-probability in nats of ``windows.targets``, float32, in that order.
 
-    Windows are padded on the right to ``window`` tokens (the model is causal, and its rotary base depends on the
-    length), and all batches have one shape, so that nothing is compiled or allocated anew. Only scored positions reach
-    the output head. The model is moved to ``device`` where one is given; it works in eval mode and gets the mode of
+    All batches have one shape, so that nothing is compiled or allocated anew: windows are padded on the right as far
+    as the longest of them reaches, and get the rotary base of ``window`` tokens. Only scored positions reach the output
+    head. The model is moved to ``device`` where one is given; it works in eval mode and gets the mode of
     each of its modules back. ``progress(done, total)`` is called with numbers of windows.
 
     Raises :class:`DataError` for tokens the model has no row for and :class:`RunError` where a loss is not finite.
@@ -127,15 +127,15 @@ def score_windows(
     if device is not None:
         model.to(device)
     place = next(model.parameters()).device
-    total = len(windows)
+    total, read = len(windows), _read_length(model, windows, window)
     if place.type == "cpu":
-        batch_windows = min(batch_windows, max(1, CPU_TOKENS // window))
+        batch_windows = min(batch_windows, max(1, CPU_TOKENS // read))
     batches = -(-total // batch_windows)
     rows = -(-total // batches)  # equal batches: at most `batches - 1` rows are padding
-    stream = np.zeros(max(len(tokens), int(windows.starts.max()) + window), dtype=np.int32)
+    stream = np.zeros(max(len(tokens), int(windows.starts.max()) + read), dtype=np.int32)
     stream[: len(tokens)] = tokens
     ids = torch.from_numpy(stream).to(place)
-    offsets = torch.arange(window, device=place)
+    offsets = torch.arange(read, device=place)
     chunk = max(1, HEAD_LOGITS // model.config.vocab_size)
     nll = torch.empty(int((windows.stop - windows.first).sum()), dtype=torch.float32, device=place)
     filled = 0
@@ -148,8 +148,8 @@ def score_windows(
             part = Windows(windows.starts[low:high], windows.first[low:high], windows.stop[low:high])
             targets = part.targets
             owner = np.repeat(np.arange(high - low), part.stop - part.first)
-            positions = owner * window + targets - part.starts[owner]
-            scored = model.hidden(inputs).flatten(0, 1)[torch.from_numpy(positions).to(place)]
+            positions = owner * read + targets - part.starts[owner]
+            scored = model.hidden(inputs, length=window).flatten(0, 1)[torch.from_numpy(positions).to(place)]
             wanted = ids[torch.from_numpy(targets + 1).to(place)].long()
             _fill_nll(model, scored, wanted, nll[filled : filled + len(targets)], chunk)
             filled += len(targets)
@@ -183,6 +183,14 @@ def summarize(nll: NDArray[Any], total_bytes: int) -> dict[str, float | int]:
         "tokens": len(nll),
         "bytes": int(total_bytes),
     }
+
+
+def _read_length(model: GPT, windows: Windows, window: int) -> int:
+    """Positions that a pass must compute: those of the longest window, in whole mini-batches of TTT-Linear."""
+    refiner = model.config.ttt_linear
+    batch = refiner.mini_batch if refiner.enabled else 1
+    longest = int((windows.stop - windows.starts).max())
+    return min(window, -(-longest // batch) * batch)
 
 
 def _fill_nll(model: GPT, hidden: Tensor, targets: Tensor, out: Tensor, chunk: int) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from golfbook import artifact, corpus, devices, launcher, quantization, scoring
+from golfbook import artifact, choices, corpus, devices, launcher, quantization, scoring
 from golfbook.checkpoints import load_model
 from golfbook.errors import ArtifactError, GolfbookError, RunError
 from golfbook.files import atomic_write_bytes, sha256_file
@@ -164,7 +164,7 @@ def _result(run: Run, stage: str) -> dict[str, Any]:
 def _score(run: Run, model: GPT, data: corpus.Dataset, stride: int) -> dict[str, Any]:
     config = run.config
     device = devices.choose_device(config)
-    devices.prepare(config.train.threads, device)
+    choices.set_up(config.train.threads, device, run)
     nll = scoring.score(
         model.to(device), data.val_tokens, window=config.window, stride=stride,
         batch_windows=config.score.batch_windows, device=device,

@@ -51,9 +51,12 @@ class TrainingStep:
         self.model, self.config, self.device = model.to(device), config, device
         model.checkpoint_activations = train.checkpoint_activations
         model.use_attention(train.attention)
-        self.precision, reason = devices.choose_precision(config, device)
+        self.precision, reason = devices.choose_precision(config)
         attention.require(train.attention, device, getattr(torch, self.precision))
-        self.notes = [f"activations in {self.precision}: {reason}"]
+        self.attention = train.attention
+        if train.attention == "auto":
+            self.attention = attention.measured(True, getattr(torch, self.precision), train.sequence_length)
+        self.notes = [f"activations in {self.precision}: {reason}", f"attention by {self.attention}"]
         self.optimizers = make_optimizers(model, train)
         self.compiled = False
         compute: Loss = model.loss

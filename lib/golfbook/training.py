@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from golfbook import corpus, costs, devices, scoring
+from golfbook import choices, corpus, costs, devices, scoring
 from golfbook.averaging import WeightAverage
 from golfbook.checkpoints import load_checkpoint, save_checkpoint
 from golfbook.diagnostics import first_nonfinite
@@ -39,7 +39,7 @@ class Trainer:
         self.run, self.config, self.rank, self.world = run, run.config, rank, world
         train = self.config.train
         self.device = devices.choose_device(self.config, rank)
-        products = devices.prepare(train.threads, self.device)
+        self.chosen = choices.set_up(train.threads, self.device, run)
         torch.manual_seed(self.config.seed)
         self.dataset = corpus.prepare(self.config)
         if self.config.model.smear_document_mask and self.dataset.tokenizer.bos_id != BOS_ID:
@@ -56,7 +56,7 @@ class Trainer:
         self.saved, self.stop_requested = 0, False
         self.logged = 0, 0.0  # step and training seconds of the last point
         self.take_step.warm_up(train.batch_tokens // train.sequence_length // world)
-        for note in (*self.take_step.notes, f"float32 products by {products}"):
+        for note in (*self.take_step.notes, "measured on this machine:", *choices.describe(self.chosen)):
             self.print(note)
         self.graphs = compiled_graphs()
         work = costs.per_token(self.config.model, train.sequence_length, causal=True).training
@@ -253,6 +253,8 @@ class Trainer:
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "weights": self.average.name,
                 "precision": self.take_step.precision,
+                "products": self.chosen.products,
+                "attention": self.take_step.attention,
                 "device": str(self.device),
                 "mfu": self.step * train.batch_tokens / max(self.train_seconds, 1e-9) / self.possible_tokens_per_second,
                 "compiled": self.take_step.compiled,

@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from golfbook import devices
+from golfbook import choices, devices
 from golfbook.averaging import WeightAverage
 from golfbook.config import load_config
 from golfbook.model import GPT, initialise
@@ -30,7 +30,7 @@ def measure(options: argparse.Namespace) -> None:
     """Body of one process: two steps, then a line of JSON."""
     overrides = {"train.precision": options.precision, "train.checkpoint_activations": options.recompute}
     config = load_config(options.preset, overrides={**overrides, "train.compile": False})
-    devices.prepare(options.threads, torch.device("cpu"))
+    choices.set_up(options.threads, torch.device("cpu"))
     before = devices.peak_memory_bytes()
     step = TrainingStep(initialise(GPT(config.model), 0), config, torch.device("cpu"))
     average = WeightAverage(config.train, step.model.state_dict())

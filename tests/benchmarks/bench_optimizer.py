@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from golfbook import devices
+from golfbook import choices, devices
 from golfbook.config import TrainConfig, load_config
 from golfbook.model import GPT, initialise
 from golfbook.muon import make_optimizers, parameter_groups
@@ -104,12 +104,13 @@ def measure(preset: str, precision: str, repeats: int, device: str, threads: int
         gradient = 1e-3 * torch.randn(pair[0].shape, generator=generator)
         for parameter in pair:
             parameter.grad = gradient.to(device, copy=True)
+    chosen = choices.of_machine(torch.device(device))
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wall: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in sides}
     busy: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 2):  # two rounds warm up
         for name, side in sides.items():
-            devices.prepare(threads, torch.device(device)) if name == "golfbook.muon" else plain_products()
+            devices.prepare(threads, torch.device(device), chosen) if name == "golfbook.muon" else plain_products()
             started_busy = time.process_time()
             for part in PARTS:
                 started = time.perf_counter()

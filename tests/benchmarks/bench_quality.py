@@ -21,7 +21,7 @@ from bench_optimizer import plain_products
 from plain_training import PlainStep
 from torch import Tensor
 
-from golfbook import corpus, devices, scoring
+from golfbook import choices, corpus, devices, scoring
 from golfbook.averaging import WeightAverage
 from golfbook.config import Config, load_config
 from golfbook.loaders import make_loader
@@ -47,14 +47,14 @@ def train(config: Config, data: corpus.Dataset, take: Callable[[int, Tensor, Ten
         seconds += time.perf_counter() - started
     model = GPT(config.model)
     model.load_state_dict(average.result(weights()))
-    devices.prepare(config.train.threads, CPU)  # one scorer for both
+    choices.set_up(config.train.threads, CPU)  # one scorer for both
     nll = scoring.score(model.eval(), data.val_tokens, window=config.window, stride=config.window)
     return scoring.summarize(nll, data.val_bytes)["val_bpb"], seconds
 
 
 def library_side(config: Config, data: corpus.Dataset) -> tuple[float, float]:
     """The library's own step."""
-    devices.prepare(config.train.threads, CPU)
+    choices.set_up(config.train.threads, CPU)
     step_ = TrainingStep(initialise(GPT(config.model), config.seed), config, CPU)
 
     def take(step: int, inputs: Tensor, targets: Tensor) -> None:
@@ -97,7 +97,7 @@ def main() -> None:
             found[name].append(sides[name](configs[name], data))
         shown = ", ".join(f"{name} {values[-1][0]:.4f} BPB in {values[-1][1]:.1f} s" for name, values in found.items())
         print(f"seed {seed}: {shown}", flush=True)
-    precision, reason = devices.choose_precision(configs["golfbook"], CPU)
+    precision, reason = devices.choose_precision(configs["golfbook"])
     scores = {name: [value for value, _ in values] for name, values in found.items()}
     times = {name: statistics.median([seconds for _, seconds in values]) for name, values in found.items()}
     print(f"{options.preset}, {options.steps} steps, golfbook in {precision} ({reason}), straightforward in float32")

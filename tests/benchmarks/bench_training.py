@@ -24,7 +24,7 @@ from bench_optimizer import plain_products
 from plain_training import PlainStep
 from torch import Tensor
 
-from golfbook import costs, devices
+from golfbook import choices, costs, devices
 from golfbook.config import Config, load_config
 from golfbook.model import GPT, initialise
 from golfbook.steps import TrainingStep
@@ -83,7 +83,7 @@ def measure(size: str, precision: str, options: argparse.Namespace) -> dict[str,
     """Time both sides and print them; returns the numbers."""
     preset, rows, banks = SIZES[size]
     config, device = ready(preset, precision, options.compile), torch.device(options.device)
-    devices.prepare(options.threads, device)
+    chosen = choices.set_up(options.threads, device)
     model = unlike_zero(initialise(GPT(config.model), 0))
     plain = PlainStep(model, config, device, banks=banks)
     ours = TrainingStep(model, config, device)
@@ -95,7 +95,7 @@ def measure(size: str, precision: str, options: argparse.Namespace) -> dict[str,
     losses: dict[str, list[float]] = {name: [] for name in sides}
 
     def switch(name: str) -> None:  # each side under its own settings: torch's defaults, and what the trainer sets
-        devices.prepare(options.threads, device) if name == "golfbook" else plain_products()
+        devices.prepare(options.threads, device, chosen) if name == "golfbook" else plain_products()
 
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for repeat in range(options.repeats + 1):  # the first round warms up
@@ -153,7 +153,7 @@ def main() -> None:
     for size in options.sizes:
         found = {p: measure(size, p, options) for p in options.precisions}
         if len(found) == 2:
-            default = devices.choose_precision(load_config(SIZES[size][0]), torch.device(options.device))[0]
+            default = devices.choose_precision(load_config(SIZES[size][0]))[0]
             ratio = found["float32"]["plain"] / found[default]["ours"]
             print(f"  {size}, precision of this machine ({default}) against straightforward float32: {ratio:.2f}")
 
