@@ -135,7 +135,6 @@ class Check:
                 "gpu": properties.name,
                 "gpu_memory_bytes": properties.total_memory,
                 "capability": ".".join(map(str, torch.cuda.get_device_capability(self.device))),
-                "cuda": torch.version.cuda,
             }
         found["ceilings_flops"] = {p: devices.product_ceiling(self.device, p) for p in ("float32", "bfloat16")}
         return found
