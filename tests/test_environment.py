@@ -1,8 +1,12 @@
-"""environment.yml and constraints.txt cannot drift from pyproject.toml, the one list of Python packages."""
+"""environment.yml and constraints.txt cannot drift from pyproject.toml; a result names what it was computed with."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -72,3 +76,33 @@ def test_torch_is_pinned_to_the_version_of_the_reference_values() -> None:
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda r: r.name)
 def test_constraints_pin_each_package_within_its_range(requirement: Requirement) -> None:
     assert constraints()[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def recorded(folder: Path, **environment: str) -> dict[str, str | None]:
+    """What a result would say about torch, told by a process that must not import it."""
+    code = """
+import json, sys
+from golfbook.runs import provenance
+print(json.dumps(provenance()))
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    return {name: found[name] for name in ("torch", "cuda")}
+
+
+def test_a_result_names_torch_as_torch_does(tmp_path: Path) -> None:
+    import torch
+
+    assert recorded(tmp_path) == {"torch": torch.__version__, "cuda": torch.version.cuda}
+
+
+def test_a_result_names_the_build_and_not_the_package(tmp_path: Path) -> None:
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('not to be imported')\n")
+    (package / "version.py").write_text("__version__ = '9.9.9+cu999'\ncuda: Optional[str] = '99.9'\nhip = None\n")
+    assert recorded(tmp_path, PYTHONPATH=str(tmp_path)) == {"torch": "9.9.9+cu999", "cuda": "99.9"}

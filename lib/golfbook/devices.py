@@ -118,10 +118,12 @@ def products_are_exact(library: Products) -> bool:
 def product_ceiling(device: torch.device, precision: str, size: int = 0, repeats: int = 5) -> float:
     """Operations a second of a large square matrix product here, the best of ``repeats``: what MFU is measured against.
 
-    ``size`` is its side (0: 1024 on a CPU, 8192 on a GPU). Uses the threads and libraries that are set.
+    ``size`` is its side (0: 1024 on a CPU, 8192 on a GPU). Uses the threads and libraries that are set. The numbers are
+    random: a GPU multiplies equal ones faster, which no training does.
     """
     size = size or (8192 if device.type == "cuda" else 1024)
-    a, b = (torch.ones(size, size, dtype=getattr(torch, precision), device=device) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(getattr(torch, precision)) for _ in range(2))
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()

@@ -82,7 +82,7 @@ class GPT(nn.Module):
         if config.bigram.vocab_size:
             x = x + self.bigram(tokens)
         kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if not x.is_meta and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))  # the whole residual stream, as in the published runs
         x = rms_norm(x)
         if config.smear:

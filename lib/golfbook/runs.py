@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import platform
@@ -278,7 +279,7 @@ def _folders(study: str) -> list[tuple[Path, Run | None]]:
 def provenance() -> dict[str, Any]:
     """The part of :func:`environment` that every result carries: what made it."""
     found = environment()
-    names = ("golfbook", "code_sha256", "git_commit", "git_dirty", "python", "processor")
+    names = ("golfbook", "code_sha256", "git_commit", "git_dirty", "python", "processor", "cuda")
     return {name: found[name] for name in names} | {"torch": found["packages"]["torch"]}
 
 
@@ -301,13 +302,15 @@ def environment() -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
-    packages = ("torch", "numpy", "scipy", "sentencepiece", "safetensors", "pydantic", "papermill", "pandas")
+    packages = ("numpy", "scipy", "sentencepiece", "safetensors", "pydantic", "papermill", "pandas")
     changes = git("status", "--porcelain")
+    torch = _torch_build()
     return {
         "golfbook": __version__,
         "code_sha256": _code_sha256(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: version(name) for name in packages} | {"torch": torch.get("__version__", version("torch"))},
+        "cuda": torch.get("cuda"),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -335,6 +338,21 @@ def _code_sha256() -> str:
     """One hash of all source files of the package, by name."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return sha256_bytes("".join(f"{f.name} {sha256_file(f)}\n" for f in files).encode())
+
+
+def _torch_build() -> dict[str, str]:
+    """What torch calls itself (``__version__``) and the CUDA it was built for (``cuda``), without importing it.
+
+    The version of its package does not tell builds apart: where pip fetched the one with CUDA, it is 2.13.0 alone.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return {}
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    return dict(re.findall(r"^(\w+)(?:: \S+)? = ['\"](.*)['\"]$", text, re.MULTILINE))
 
 
 def _processor() -> str:

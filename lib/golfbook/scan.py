@@ -28,7 +28,7 @@ def ttt_scan(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gamm
     ``bias``, ``gamma`` and ``delta`` (N, 1, width). Fast weights are float32 whatever the inputs are.
     """
     tensors = [t.float().contiguous() for t in (q, k, v, weight, bias, gamma, delta)]
-    if not torch.amp.is_autocast_available(q.device.type):  # the meta device, on which costs are counted
+    if q.is_meta:  # costs are counted there; autocast does not know it
         return _Scan.apply(*tensors, eta)
     with torch.autocast(q.device.type, enabled=False):
         if torch.compiler.is_compiling():
