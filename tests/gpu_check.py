@@ -45,7 +45,7 @@ import bench_scoring
 import bench_training
 import bench_ttt_linear
 
-from golfbook import attention, costs, devices, runs, scoring, stages, steps
+from golfbook import attention, choices, costs, devices, runs, scoring, stages, steps
 from golfbook.config import Config, load_config
 from golfbook.errors import GolfbookError
 from golfbook.files import atomic_write_json, cache_root, runs_root
@@ -204,7 +204,7 @@ class Check:
         try:
             found["sums in any order"] = self.step(PRESET, rows)
         finally:
-            devices.prepare(1, self.device)
+            choices.set_up(1, self.device)
         with_it = self.report.get(f"step {PRESET} {rows}", {}).get("seconds")
         if with_it:
             found["ttt_linear_share"] = 1 - found["without TTT-Linear"]["seconds"] / with_it
@@ -368,16 +368,17 @@ def main(arguments: list[str]) -> int:
         print("gpu-check: torch sees no CUDA device here, so there is nothing to check (skipped)")
         return 0
     begun, device = time.perf_counter(), torch.device(options.device)
-    devices.prepare(1, device)
+    chosen = choices.set_up(1, device)
+    measured = time.perf_counter() - begun
     check = Check(device, options.quick, options.steps)
     check.report |= {
-        "machine": check.machine(),
+        "machine": {**check.machine(), "choices": choices.describe(chosen), "seconds_to_choose": measured},
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     out = options.out or runs_root() / "gpu_check" / f"{platform.node()}.json"
-    chosen = {name: part for name, part in check.parts().items() if name.startswith(tuple(options.parts))}
-    with prepared_corpus() if "run" in chosen else contextlib.nullcontext():
-        for name, (expected, part) in chosen.items():
+    parts = {name: part for name, part in check.parts().items() if name.startswith(tuple(options.parts))}
+    with prepared_corpus() if "run" in parts else contextlib.nullcontext():
+        for name, (expected, part) in parts.items():
             started = time.perf_counter()
             if started - begun + expected > 60 * options.minutes:
                 values: Mapping[str, Any] = {"status": "skipped", "message": f"no {expected:.0f} s were left for it"}
@@ -386,7 +387,7 @@ def main(arguments: list[str]) -> int:
                 values = attempted(part)
             check.report[name] = {**values, "part_seconds": time.perf_counter() - started}
             atomic_write_json(out, check.report)
-    ended = {name: check.report[name]["status"] for name in chosen}
+    ended = {name: check.report[name]["status"] for name in parts}
     for status in ("skipped", "failed"):
         print(f"{status}: {', '.join(name for name in ended if ended[name] == status) or 'none'}")
     print(f"written: {out}")
