@@ -44,6 +44,7 @@ import bench_optimizer
 import bench_scoring
 import bench_training
 import bench_ttt_linear
+import plain_training
 
 from golfbook import attention, choices, costs, devices, runs, scoring, stages, steps
 from golfbook.config import Config, load_config
@@ -239,9 +240,14 @@ class Check:
         tokens = np.random.default_rng(0).integers(1024, size=size["window"] + (4 if self.quick else 96) * 64 + 1)
         for preset in (PRESET,) if self.quick else (PRESET, "pr1232_flow"):
             model = bench_training.unlike_zero(initialise(GPT(self.config(preset).model), 0)).to(self.device).eval()
+            plain = plain_training.PlainGPT(model, banks=False).to(self.device).eval()
+
+            def straightforward(_: GPT, tokens: Any, logits: Any = plain.logits, **size: int) -> Any:
+                return bench_scoring.plain_loop(logits, self.device, tokens, **size)
+
             sides = {
                 "ours": functools.partial(scoring.score, batch_windows=32),
-                "one window at a time": bench_scoring.plain_loop,
+                "one window at a time": straightforward,
             }
             for precision in ("float32", "bfloat16"):
                 nll: dict[str, Any] = {}

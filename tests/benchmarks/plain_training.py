@@ -144,16 +144,19 @@ class PlainGPT(nn.Module):
                 stack.append(x)
         return rms_norm(x)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats."""
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Soft-capped logits (B, T, V), float32."""
         config = self.config
         x = self.stream(tokens)
         if self.ttt is not None:
             x = x + plain_loop(self.ttt, x).to(x.dtype)
         if self.flow is not None:
             x = x + self.flow(x)
-        logits = config.logit_softcap * torch.tanh(self.linear(x, "tok_emb.weight").float() / config.logit_softcap)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return config.logit_softcap * torch.tanh(self.linear(x, "tok_emb.weight").float() / config.logit_softcap)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats."""
+        return F.cross_entropy(self.logits(tokens).flatten(0, 1), targets.flatten())
 
 
 class PlainStep:
