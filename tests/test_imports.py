@@ -15,6 +15,7 @@ PACKAGE = Path(golfbook.__file__).parent
 # A module imports only from modules before it. A new module takes its place here.
 ORDER = [
     "errors",
+    "machine",
     "files",
     "settings",
     "config",

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from golfbook import launcher
 from golfbook.errors import RunError
-from golfbook.estimates import uses_gpu, visible_gpus
+from golfbook.estimates import uses_gpu
 from golfbook.execution import (
     child_main,
     describe_exit,
@@ -34,6 +34,7 @@ from golfbook.execution import (
     stage_log,
 )
 from golfbook.files import figures_root, folders, project_root, sha256_file
+from golfbook.machine import visible_gpus
 from golfbook.plan import Plan, PlannedRun, notebook_path, plan
 from golfbook.results import collect, digest, is_collected, note_variants, rows
 from golfbook.runs import create_run, environment
