@@ -16,6 +16,8 @@ PACKAGE = Path(golfbook.__file__).parent
 ORDER = [
     "errors",
     "machine",
+    "activity",
+    "terminal",
     "files",
     "settings",
     "config",
@@ -64,6 +66,7 @@ ORDER = [
     "panels",
     "architecture_panels",
     "training_panels",
+    "summaries",
     "reports",
     "cli",
 ]

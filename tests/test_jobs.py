@@ -64,9 +64,9 @@ def test_every_stage_is_done_and_executed_with_its_parameters(finished: Project)
 def test_the_table_and_the_places_are_printed(finished: Project) -> None:
     text = finished.output
     assert "2 runs of preset quickstart" in text and "rule of thumb" in text
-    [line] = [line for line in text.splitlines() if line.startswith("│ no_xsa") and "30" in line]
+    [line] = [line for line in text.splitlines() if line.startswith("no_xsa ") and "30" in line]
     bpb = finished.results()[f"{finished.folder('no_xsa-s1').name}/result.test_time_training.json"]["val_bpb"]
-    assert f"{bpb:.4f} ± –" in line and " 8 " in line
+    assert f"{bpb:.4f} ± –" in line and line.endswith(" 8")
     assert "unigram entropy of the validation text is 4.5000 BPB" in text
     assert "at most 100 bytes, all within the limit of 16,000,000" in text
     for place in ("runs/small/results.parquet", "runs/small/metrics.parquet", "figures/small_seeds.png", "notebooks"):
