@@ -64,7 +64,7 @@ def notebook(folder: Path, stage: str) -> Iterator[None]:
 
 
 def now(folder: Path, since: float) -> str:
-    """What is being done in a folder, such as ``scoring 40 %``; empty where nothing was noted since a time."""
+    """What is being done in a folder, such as ``scoring 40%``; empty where nothing was noted since a time."""
     lines = _lines(folder, 2000)
     if not lines or lines[-1]["at"] < since:
         return ""

@@ -283,9 +283,9 @@ def _show_costs(name: str | None, as_json: bool) -> None:
     if as_json:
         found = []
         for preset, values in totals.items():
-            numbers = iter(values.values())
-            one = {"preset": preset, **dict(zip(COST_KEYS, numbers, strict=False))}
-            found.append({**one, "step_ms": dict(zip(costs.GPUS, numbers, strict=True))})
+            left = iter(values.values())
+            one = {"preset": preset, **dict(zip(COST_KEYS, left, strict=False))}
+            found.append({**one, "step_ms": dict(zip(costs.GPUS, left, strict=True))})
         write_json({"presets": found})
         return
     if name is not None:

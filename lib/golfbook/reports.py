@@ -215,7 +215,7 @@ class _Lines:
         self.busy: tuple[str, ...] = ()
 
     def __call__(self, progress: Progress) -> None:
-        doing = tuple(re.sub(r" \d+(/\d+| %)", "", line) for line in progress.busy)
+        doing = tuple(re.sub(r" \d+(/\d+|%)", "", line) for line in progress.busy)
         now = time.monotonic()
         if doing != self.busy or now - self.last >= LINE_SECONDS:
             self.last, self.busy = now, doing
