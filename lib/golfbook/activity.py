@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "activity.jsonl"
-STARTING, NOTEBOOK = "starting the kernel", "other cells of the notebook"
+STARTING, NOTEBOOK, FIGURE = "starting the kernel", "other cells of the notebook", "the whole notebook"
 
 _folder: Path | None = None
 _doing, _tenths = NOTEBOOK, 0
@@ -36,7 +36,7 @@ def doing(what: str, share: float = 0.0) -> None:
         return
     _doing, _tenths = what, tenths
     if _folder is not None:
-        _append(_folder, {"doing": what, "share": share})
+        _append(_folder, {"doing": what, **({"share": share} if share else {})})
 
 
 @contextlib.contextmanager
@@ -54,9 +54,9 @@ def step(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextlib.contextmanager
-def notebook(folder: Path, stage: str) -> Iterator[None]:
-    """Note in ``folder`` that a process of this or another kind executes the notebook of a stage."""
-    _append(folder, {"doing": STARTING, "stage": stage})
+def notebook(folder: Path, stage: str, what: str = STARTING) -> Iterator[None]:
+    """Note in ``folder`` when the notebook of a stage is executed; its kernel says what else is done, if it does."""
+    _append(folder, {"doing": what, "stage": stage})
     try:
         yield
     finally:

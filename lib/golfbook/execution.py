@@ -89,7 +89,7 @@ def execute_figure(study: str, name: str) -> None:
     source, target = notebook_path(name), folder / "notebooks" / f"{name}.ipynb"
     found, notebook, code = digest(rows(study)), sha256_file(source), environment()["code_sha256"]
     before = _pictures()
-    with activity.notebook(folder, f"figure {name}"):
+    with activity.notebook(folder, f"figure {name}", activity.FIGURE):
         execute(source, target, {"study": study}).replace(target)
     changed = [path for path, modified in _pictures().items() if before.get(path) != modified]
     atomic_write_json(

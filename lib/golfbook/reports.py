@@ -39,10 +39,10 @@ def show_plan(console: Console, plan: Plan) -> None:
     for run in plan.runs:
         changes = ", ".join(f"{key}={value}" for key, value in run.overrides.items()) or "none"
         states = [MARKS["done"] if run.finished(s) else _unfinished(run.run.state(s)) for s in plan.stages]
-        rows.append([run.variant, str(run.config.seed), changes, *states])
+        rows.append([run.variant, str(run.config.seed), *states, changes])
     show_table(
         console,
-        ["variant", "seed", "changes to the preset", *(stage.replace("_", " ") for stage in plan.stages)],
+        ["variant", "seed", *(stage.replace("_", " ") for stage in plan.stages), "changes to the preset"],
         rows,
         title=f"{plan.study}: {len(plan.runs)} runs of preset {Path(plan.preset).stem}",
         right=["seed"],
@@ -177,7 +177,7 @@ def show_seconds(console: Console, study: str) -> None:
     lines = [
         [one["stage"], one["part"], str(one["runs"]), f"{one['seconds']:.1f}", f"{one['seconds'] / total:.0%}"]
         for one in found
-        if total
+        if one["seconds"] >= 0.05
     ]
     right = ["runs", "seconds", "share"]
     show_table(console, ["stage", "part", *right], lines, title=f"{study}: seconds of all runs together", right=right)
