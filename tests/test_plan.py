@@ -240,14 +240,13 @@ def test_short_runs_and_those_of_another_device_do_not_spoil_the_estimate(
     monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: [])
     fixed = estimates.NOTEBOOK_SECONDS
 
-    def expected(steps: int, *earlier: tuple[int, float, str]) -> float:
+    def expected(steps: int, *earlier: tuple[int, float, str], planned: int = 0) -> float:
         for count, seconds, device in earlier:
-            done = load_config("quickstart", overrides={"train.steps": count, "train.warmdown_steps": 1})
-            run = create_run("earlier", "base", done)
+            overrides = {"train.steps": planned or count, "train.warmdown_steps": 1}
+            run = create_run("earlier", "base", load_config("quickstart", overrides=overrides))
             run.checkpoint_path.write_text("x")
-            run.write_result(
-                "training", {"train_seconds": seconds, "device": device}, reads={}, writes=run.checkpoint_path
-            )
+            values = {"train_seconds": seconds, "device": device, "steps": count}
+            run.write_result("training", values, reads={}, writes=run.checkpoint_path)
         config = load_config("quickstart", overrides={"train.steps": steps})
         return estimate(config, ["training"], estimates.read_history()).seconds["training"] - fixed
 
@@ -256,6 +255,8 @@ def test_short_runs_and_those_of_another_device_do_not_spoil_the_estimate(
     assert expected(600, (300, 30.0, "cpu")) == pytest.approx(60.0)
     assert expected(600, (400, 2.5, "cuda:0")) == pytest.approx(60.0)
     assert expected(600, (10, 10.0, "cpu")) == pytest.approx(600 * (30 + 10) / (300 + 10)), "each by its work"
+    stopped = expected(600, (90, 10.0, "cpu"), planned=9000)  # by the clock
+    assert stopped == pytest.approx(600 * (30 + 10 + 10) / (300 + 10 + 90))
 
 
 @pytest.mark.parametrize("preset", preset_names())

@@ -47,8 +47,7 @@ def main() -> None:
     except GolfbookError as error:
         if debug:
             raise
-        first, *rest = f"golfbook: {error}".splitlines()
-        for line in (first, *rest):
+        for line in f"golfbook: {error}".splitlines():
             say(make_console(stderr=True), line, "red")
         sys.exit(USER_ERROR)
 

@@ -97,7 +97,8 @@ def read_history() -> History:
                 continue
             seconds = _number(trained, "train_seconds")
             if seconds >= LEAST_SECONDS:
-                training.append(Work(size, training_operations(config), seconds))
+                share = _number(trained, "steps") / config.train.steps or 1.0  # the clock may have ended it earlier
+                training.append(Work(size, share * training_operations(config), seconds))
             scored = _read_json(folder / "result.test_time_training.json")
             seconds, count = _number(scored, "score_seconds"), int(_number(scored, "tokens"))
             if scored.get("status") == "ok" and count:
