@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,10 +18,11 @@ import pytest
 from rich.console import Console
 
 from fixture_project import Project, wait_for
-from golfbook import __version__, cli, reports
+from golfbook import __version__, cli, reports, results, terminal
 from golfbook.config import load_config
+from golfbook.errors import RunError
 from golfbook.jobs import Progress
-from golfbook.runs import create_run
+from golfbook.runs import Run, create_run, skipped_runs
 
 DATA = Path(__file__).parent / "data"
 COMMANDS = ("run", "status", "collect", "presets", "score", "lab")
@@ -165,16 +167,124 @@ def test_runs_of_an_older_version_are_counted(
 ) -> None:
     old = create_run("mine", "base", load_config("quickstart", seed=1)).path / "config.json"
     old.write_text(json.dumps({**json.loads(old.read_text()), "a_setting_of_the_past": 1}))
-    note = "1 run folder of an older version was passed over."
+    note = f"Passed over: {old.parent.name}: its config.json is missing, damaged or of an older version."
     for arguments in (("status",), ("status", "mine")):
         assert call(monkeypatch, *arguments) == 0
         assert capsys.readouterr().out.count(note) == 1
     assert call(monkeypatch, "collect", "mine") == 2, "there is no row to write"
-    assert "has no run to collect (1 run folders" in capsys.readouterr().err
+    assert f"has no run to collect ({old.parent.name} was passed over: its config.json" in capsys.readouterr().err
     assert not list(project.runs.rglob("*.parquet"))
     create_run("mine", "base", load_config("quickstart", seed=2))
     assert call(monkeypatch, "collect", "mine") == 0
     assert note in capsys.readouterr().out
+
+
+def test_brackets_and_an_output_in_ascii_end_no_command(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.runs = project.root / "x[/old]y[red]"
+    for name, value in (("GOLFBOOK_RUNS", str(project.runs)), ("PYTHONIOENCODING", "ascii")):
+        monkeypatch.setenv(name, value)
+    done = project.call("status")
+    assert done.returncode == 0 and f"No studies yet under {project.runs}." in done.stdout, done.stderr
+    run = create_run("mine", "base", load_config("quickstart", seed=4))
+    run.write_failure("training", "[/no] é ± …")
+    done = project.call("collect", "mine")
+    assert done.returncode == 0 and "BPB mean +- std" in done.stdout and done.stderr == ""
+    assert f"{project.runs.name}/mine/results.parquet" in done.stdout
+    done = project.call("run", "papermill_jobs/job[/1].yaml")
+    assert done.returncode == 2 and "cannot read papermill_jobs/job[/1].yaml" in done.stderr
+    done = project.call("status", "mine")
+    assert done.returncode == 0 and "training: [/no] \\xe9 +- ..." in done.stdout
+
+
+def copied(run: Run, name: str) -> Path:
+    """Copy a run folder within its study; returns the copy."""
+    return shutil.copytree(run.path, run.path.with_name(name))
+
+
+def test_copied_folders_are_named_and_counted_once(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = create_run("mine", "base", load_config("quickstart", seed=1))
+    run.checkpoint_path.write_text("x")
+    run.write_result("training", {"val_bpb": 2.5}, reads={}, writes=run.checkpoint_path)
+    other = load_config("quickstart", seed=2)
+    names = [
+        f"base-s2-{run.config.hash}",  # looks like another seed
+        f"base-s2-{other.hash}",  # has even the name of another run
+        f"{run.path.name}-old",
+        f"copy_of_{run.path.name}",  # looks like another variant
+        "kept",
+    ]
+    for name in names:
+        copied(run, name)
+    (run.path.parent / "link-s1-0123456789").symlink_to(run.path)
+    for command in (("status", "mine"), ("collect", "mine"), ("status",)):
+        assert call(monkeypatch, *command) == 0
+        text = capsys.readouterr().out
+        for name in [*names, "link-s1-0123456789"]:
+            assert text.count(f"Passed over: {name}: a copy of {run.path.name}.") == 1, (command, text)
+    assert list(results.collect("mine")["run"]) == [run.path.name]
+    with pytest.raises(RunError, match="is that of another run"):
+        create_run("mine", "base", other)
+    shutil.rmtree(run.path)  # without the original, only a folder of the right name is a run
+    for name in names[:3]:
+        shutil.rmtree(run.path.parent / name)
+    reasons = {folder.name: reason for folder, reason in skipped_runs("mine").items()}
+    assert f"a copy of copy_of_{run.path.name}" == reasons["kept"]
+    assert [row["variant"] for row in results.rows("mine")] == [f"copy_of_{run.variant}"], "renamed by hand"
+
+
+def test_json_of_status_and_plan(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, value in ((1, 2.0), (2, 2.5)):
+        run = create_run("mine", "base", load_config("quickstart", seed=seed))
+        run.checkpoint_path.write_text("x")
+        numbers = {"val_bpb": value, "train_seconds": 60.0}
+        run.write_result("training", numbers, reads={}, writes=run.checkpoint_path)
+    run.write_failure("quantization", "the disk is full")
+    copied(run, "copy")
+    assert call(monkeypatch, "status", "mine", "--json", "--seconds") == 0
+    output = capsys.readouterr()
+    found = json.loads(output.out)
+    assert output.err == "" and found["study"] == "mine" and len(found["runs"]) == 2
+    assert found["runs"][1]["states"] == {"training": "done", "quantization": "failed", "test_time_training": "missing"}
+    assert found["runs"][1]["messages"] == {"quantization": "the disk is full"}
+    [variant] = found["variants"]
+    assert (variant["n"], variant["val_bpb_mean"], variant["artifact_bytes"]) == (2, 2.25, None)
+    assert found["passed_over"][0]["reason"] == f"a copy of {run.path.name}"
+    assert found["seconds"] == [{"stage": "training", "part": "training", "runs": 2, "seconds": 120.0}]
+    assert call(monkeypatch, "status", "--json") == 0
+    assert [study["study"] for study in json.loads(capsys.readouterr().out)["studies"]] == ["mine"]
+
+    assert call(monkeypatch, "run", "papermill_jobs/job.yaml", "--dry-run", "--json", "--workers", "1") == 0
+    output = capsys.readouterr()
+    made = json.loads(output.out)
+    assert output.err == "" and (made["study"], made["workers"]) == ("small", 1) and made["memory_bytes"] > 0
+    assert made["runs"][1]["overrides"] == {"model.xsa": 0} and made["runs"][1]["to_do"] == made["stages"]
+    assert call(monkeypatch, "run", "none.yaml", "--json") == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_status_says_where_the_seconds_went(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = create_run("mine", "base", load_config("quickstart", seed=1))
+    lines = [
+        (0, "starting the kernel", "training"),
+        (10, "encoding the text", None),
+        (40, "training", None),
+        (100, "", ""),
+    ]
+    with (run.path / "activity.jsonl").open("w") as stream:
+        for at, doing, stage in lines:
+            stream.write(json.dumps({"at": at, "doing": doing} | ({} if stage is None else {"stage": stage})) + "\n")
+    results.update_record("mine", lambda record: {**record, "seconds": {"a.yaml": 125.0}})
+    assert call(monkeypatch, "status", "mine", "--seconds") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"training +encoding the text +1 +30\.0 +30%", text), text
+    assert re.search(r"training +training +1 +60\.0 +60%", text)
+    assert "The last call of a.yaml that had something to do took 2 min 5 s." in text
 
 
 def test_presets(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,9 +292,15 @@ def test_presets(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     text = capsys.readouterr().out
     assert "25,749,398" in text and "quickstart" in text  # the published count of PR 1166
     assert call(monkeypatch, "presets", "pr1166_e2e_ttt_flow") == 0
-    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
-    counts = {cells[1].strip(): int(cells[2].replace(",", "")) for cells in rows}
+    _, _, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    counts = {name: int(count.replace(",", "")) for name, count, _ in rows}
     assert counts.pop("total") == sum(counts.values()) == 25_749_398
+    assert call(monkeypatch, "presets", "--json") == 0
+    found = {one["preset"]: one for one in json.loads(capsys.readouterr().out)["presets"]}
+    assert found["pr1166_e2e_ttt_flow"]["parameters"] == 25_749_398 and found["quickstart"]["data"] == "pydocs"
+    assert call(monkeypatch, "presets", "quickstart", "--cost", "--json") == 0
+    [cost] = json.loads(capsys.readouterr().out)["presets"]
+    assert cost["artifact_bytes"] > 1000 and all(value > 0 for value in cost["step_ms"].values())
 
 
 def artifact(folder: Path) -> Path:
@@ -233,6 +349,11 @@ def test_score_gives_the_bits_per_byte_of_any_text(
     assert "normalisation" in values and "seconds" in values and f"{path.stat().st_size:,} bytes" in values["artifact"]
     uniform = 10 * len(nll) / size  # a model that knows nothing spends 10 bits on one of 1,024 pieces
     assert float(values["bits per byte"]) == pytest.approx(uniform, rel=0.05)
+
+    assert call(monkeypatch, "score", "artifact.golf", "--text", "mine.txt", "--stride", "16", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert f"{found['val_bpb']:.6f}" == values["bits per byte"] and found["tokens"] == len(nll)
+    assert (found["bytes"], found["documents"], found["artifact_bytes"]) == (size, 1, path.stat().st_size)
 
     (project.root / "mine.jsonl").write_text(json.dumps({"body": text}) + "\n", encoding="utf-8")
     options = ("--text-field", "body", "--window", "32", "--stride", "32")
@@ -302,13 +423,14 @@ def test_progress_bar_on_a_terminal() -> None:
     with reports.follow(console) as follow:
         for fraction in (0.1, 0.2, 0.3):
             follow(Progress(fraction, 130.0, 61.0, ("xsa-s1 training 75/300",)))
-        follow(Progress(0.3, 130.0, 61.0, ("xsa-s1 quantization",)))
+        for share in (10, 20):
+            follow(Progress(0.3, 130.0, 61.0, (f"xsa-s1 quantization: scoring {share}%",)))
     lines = console.export_text().splitlines()
-    assert [line.split("  ")[-1] for line in lines] == ["xsa-s1 training 75/300", "xsa-s1 quantization"]
+    assert [line.split("  ")[-1] for line in lines] == ["xsa-s1 training 75/300", "xsa-s1 quantization: scoring 10%"]
     assert "1 min 1 s, about 2 min 10 s left" in lines[0]
 
 
 def test_units() -> None:
-    texts = [reports.duration(seconds) for seconds in (0, 59.4, 59.6, 125, 7320)]
+    texts = [terminal.duration(seconds) for seconds in (0, 59.4, 59.6, 125, 7320)]
     assert texts == ["0 s", "59 s", "1 min 0 s", "2 min 5 s", "2 h 2 min"]
-    assert [reports.size(n) for n in (12, 1500, 2_340_000, 5e12)] == ["12 B", "1.5 kB", "2.3 MB", "5000.0 GB"]
+    assert [terminal.size(n) for n in (12, 1500, 2_340_000, 5e12)] == ["12 B", "1.5 kB", "2.3 MB", "5000.0 GB"]

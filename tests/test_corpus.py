@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golfbook import corpus
+from golfbook import activity, corpus
 from golfbook.config import Config, load_config
 from golfbook.corpus import encode_for_scoring, prepare, unigram_bits_per_byte
 from golfbook.documents import split_documents
@@ -81,7 +81,11 @@ def test_published_tokenizer_states_its_normalisation_loss(golfbook_home: Path) 
 
 
 def test_second_prepare_is_cached_and_equal(golfbook_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activity, "_folder", golfbook_home)
     first = prepare(config_for(FINEWEB))
+    said = [json.loads(line)["doing"] for line in (golfbook_home / activity.FILE).read_text().splitlines()]
+    steps = ["reading documents", "leaving out duplicates", "training the tokenizer", "encoding the text"]
+    assert said[0] == "opening the text" and said[2:-1] == steps and said[-1] == activity.NOTEBOOK
     monkeypatch.setattr(corpus, "_build", lambda *_: pytest.fail("built twice"))
     second = prepare(config_for(FINEWEB))
     assert first.fingerprint == second.fingerprint and first.info == second.info

@@ -15,6 +15,9 @@ PACKAGE = Path(golfbook.__file__).parent
 # A module imports only from modules before it. A new module takes its place here.
 ORDER = [
     "errors",
+    "machine",
+    "activity",
+    "terminal",
     "files",
     "settings",
     "config",
@@ -64,6 +67,7 @@ ORDER = [
     "panels",
     "architecture_panels",
     "training_panels",
+    "summaries",
     "reports",
     "cli",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import nbformat
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from fixture_project import Project
-from golfbook import jobs, reports, results
+from golfbook import activity, jobs, reports, results
 from golfbook.config import load_config
 from golfbook.errors import RunError
 from golfbook.files import sha256_file
@@ -64,9 +65,9 @@ def test_every_stage_is_done_and_executed_with_its_parameters(finished: Project)
 def test_the_table_and_the_places_are_printed(finished: Project) -> None:
     text = finished.output
     assert "2 runs of preset quickstart" in text and "rule of thumb" in text
-    [line] = [line for line in text.splitlines() if line.startswith("│ no_xsa") and "30" in line]
+    [line] = [line for line in text.splitlines() if line.startswith("no_xsa ") and "30" in line]
     bpb = finished.results()[f"{finished.folder('no_xsa-s1').name}/result.test_time_training.json"]["val_bpb"]
-    assert f"{bpb:.4f} ± –" in line and " 8 " in line
+    assert f"{bpb:.4f} ± –" in line and line.endswith(" 8")
     assert "unigram entropy of the validation text is 4.5000 BPB" in text
     assert "at most 100 bytes, all within the limit of 16,000,000" in text
     for place in ("runs/small/results.parquet", "runs/small/metrics.parquet", "figures/small_seeds.png", "notebooks"):
@@ -105,6 +106,10 @@ def test_a_second_run_does_nothing_and_says_so(finished: Project) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.root.rglob("*") if path.is_file()}
     done = finished.call("run", "papermill_jobs/job.yaml")
     assert done.returncode == 0 and "Nothing to do: every stage and figure of this job is done." in done.stdout
+    as_json = finished.call("run", "papermill_jobs/job.yaml", "--json")
+    found = json.loads(as_json.stdout)
+    assert found["nothing_done"] and [one["state"] for one in found["runs"]] == ["done", "done"]
+    assert found["figures"][0]["state"] == "current" and len(found["variants"]) == 2 and "2 runs" in as_json.stderr
     assert {path: path.stat().st_mtime_ns for path in finished.root.rglob("*") if path.is_file()} == before
 
 
@@ -287,6 +292,31 @@ def test_slots_and_workers_fit_the_largest_run(project: Project, monkeypatch: py
         assert seen == (first if variant == "one" else pairs[first])
 
 
+def test_a_busy_run_says_what_it_does(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = jobs.plan(project.job).runs[0]
+    run = create_run("small", planned.variant, planned.config)
+    status = jobs.RunStatus(planned, "running", "training", since=1000.0)
+    steps = planned.config.train.steps
+    activity.record_in(run.path)
+    try:
+        found = []
+        for what, step in (("training the tokenizer", 0), ("training", 0), ("training", 20), ("validating", 20)):
+            if step:
+                run.append_metrics({"kind": "train", "step": step, "loss": 1.0})
+            activity.doing(what)
+            found.append(jobs._doing(status))
+    finally:
+        activity.record_in(None)
+    assert found == [
+        "training: training the tokenizer",
+        f"training 0/{steps}",
+        f"training 20/{steps}",
+        f"training 20/{steps}: validating",
+    ]
+    status.since = time.time() + 60
+    assert jobs._doing(status) == f"training 20/{steps}", "nothing noted since this stage began"
+
+
 def test_a_notebook_gets_all_folders_absolute(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative ones start at the folder the command is called in, not at that of the notebook or the trainer."""
     elsewhere = project.root / "elsewhere"
@@ -294,7 +324,9 @@ def test_a_notebook_gets_all_folders_absolute(project: Project, monkeypatch: pyt
     monkeypatch.chdir(elsewhere)
     for name, value in (("ROOT", ".."), ("RUNS", "r"), ("CACHE", "c"), ("FIGURES", "f")):
         monkeypatch.setenv(f"GOLFBOOK_{name}", value)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # of this terminal; the logs are not it
     environment = jobs._environment(jobs.plan(project.job).runs[0], [])
+    assert environment["PYTHONIOENCODING"] == "utf-8"
     assert {name: environment[f"GOLFBOOK_{name}"] for name in ("ROOT", "RUNS", "CACHE", "FIGURES")} == {
         "ROOT": str(project.root),
         "RUNS": str(elsewhere / "r"),

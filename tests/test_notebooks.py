@@ -260,7 +260,7 @@ def test_seeds_plots_finished_runs_and_names_the_others(home: Path, scored: tupl
     assert {p.suffix for p in (home / "figures").glob("smoke_seeds.*")} == {".png", ".svg", ".csv"}
     printed = json.dumps(notebook.cells)
     assert "1 of 2 runs are not finished" in printed
-    assert "because they are of an older version: old-s1-0123456789" in printed
+    assert "passed over: old-s1-0123456789: its config.json is missing, damaged or of an older version" in printed
     assert "no_xsa, seed 7: training missing" in printed
     assert "There is only the variant **base**" in printed
 

@@ -18,7 +18,7 @@ from golfbook import estimates
 from golfbook.config import load_config, preset_names
 from golfbook.errors import ConfigError, GolfbookError, RunError
 from golfbook.estimates import History, estimate, rough_parameters
-from golfbook.plan import available_cores, check_notebook, flatten, plan, variant_hash
+from golfbook.plan import check_notebook, flatten, plan, variant_hash
 from golfbook.runs import STAGE_NOTEBOOKS, create_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,6 +84,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"seeds": [True]}, r"got True"),
     ({"seeds": [1, 2, 1]}, r"seeds names 1 twice"),
     ({"seeds": [-1]}, r"seeds must not be negative, got -1"),
+    ({"seeds": [2**63]}, r"seed: input should be less than or equal to 9223372036854775807"),
     ({"seeds": 3}, r"seeds must be a list of whole numbers, got 3"),
     ({"seeds": []}, r"seeds must be a list of whole numbers, got \[\]"),
     ({"stages": ["quantization"]}, r"stages must be the first of training, quantization"),
@@ -172,7 +173,26 @@ def test_workers(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("golfbook.plan.visible_gpus", lambda: ["0", "1", "2"])
     monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: ["0", "1", "2"])
     assert plan(project.write_job(seeds=seeds)).workers == 3
-    assert available_cores() >= 1
+
+
+def test_workers_fit_into_a_container(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("golfbook.plan.visible_gpus", lambda: [])
+    monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: [])
+    job = project.write_job(seeds=list(range(20)))
+    monkeypatch.setattr("golfbook.plan.available_cores", lambda: 3.5)
+    monkeypatch.setattr("golfbook.plan.available_memory", lambda: 10**12)
+    assert plan(job).workers == 3
+    monkeypatch.setattr("golfbook.plan.available_cores", lambda: 0.5)
+    assert plan(job).workers == 1
+    monkeypatch.setattr("golfbook.plan.available_cores", lambda: 64.0)
+    need = plan(job).runs[0].estimate.memory_bytes
+    monkeypatch.setattr("golfbook.plan.available_memory", lambda: int(2.5 * need))
+    assert plan(job).workers == 2
+    seconds = []
+    for cores in (1.0, 0.5):
+        monkeypatch.setattr("golfbook.estimates.available_cores", lambda cores=cores: cores)
+        seconds.append(plan(job).runs[0].estimate.seconds["training"] - estimates.NOTEBOOK_SECONDS)
+    assert seconds[1] == pytest.approx(2 * seconds[0]), "half a core takes twice as long"
 
 
 def test_workers_fit_the_largest_variant(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,13 +214,6 @@ def test_workers_fit_the_largest_variant(project: Project, monkeypatch: pytest.M
     assert len(plan(project.job).runs) == 2, "without a GPU both train on the CPU"
 
 
-def test_visible_gpus_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5")
-    assert estimates.visible_gpus() == ["2", "5"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert estimates.visible_gpus() == []
-
-
 def test_estimates_follow_the_work_and_say_where_they_come_from(project: Project) -> None:
     config = load_config("quickstart", seed=1)
     longer = load_config("quickstart", seed=1, overrides={"train.steps": 2 * config.train.steps})
@@ -219,6 +232,31 @@ def test_estimates_follow_the_work_and_say_where_they_come_from(project: Project
     assert "partly" in estimate(longer, stages, estimates.read_history()).source
     (run.path / "env.json").write_text("{}")  # another machine
     assert estimates.read_history() == History()
+
+
+def test_short_runs_and_those_of_another_device_do_not_spoil_the_estimate(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: [])
+    fixed = estimates.NOTEBOOK_SECONDS
+
+    def expected(steps: int, *earlier: tuple[int, float, str], planned: int = 0) -> float:
+        for count, seconds, device in earlier:
+            overrides = {"train.steps": planned or count, "train.warmdown_steps": 1}
+            run = create_run("earlier", "base", load_config("quickstart", overrides=overrides))
+            run.checkpoint_path.write_text("x")
+            values = {"train_seconds": seconds, "device": device, "steps": count}
+            run.write_result("training", values, reads={}, writes=run.checkpoint_path)
+        config = load_config("quickstart", overrides={"train.steps": steps})
+        return estimate(config, ["training"], estimates.read_history()).seconds["training"] - fixed
+
+    unknown = expected(600)
+    assert expected(600, (6, 1.9, "cpu")) == unknown, "six steps say nothing"
+    assert expected(600, (300, 30.0, "cpu")) == pytest.approx(60.0)
+    assert expected(600, (400, 2.5, "cuda:0")) == pytest.approx(60.0)
+    assert expected(600, (10, 10.0, "cpu")) == pytest.approx(600 * (30 + 10) / (300 + 10)), "each by its work"
+    stopped = expected(600, (90, 10.0, "cpu"), planned=9000)  # by the clock
+    assert stopped == pytest.approx(600 * (30 + 10 + 10) / (300 + 10 + 90))
 
 
 @pytest.mark.parametrize("preset", preset_names())

@@ -163,7 +163,7 @@ def test_one_command_leaves_numbers_tables_notebooks_and_figures(undisturbed: Ho
         assert table["artifact_bytes"][variant] == run.artifact_path.stat().st_size
         headline = numbers["val_bpb"]["test_time_training"]
         assert headline < table["unigram_bpb"][variant] * 1.5
-        [line] = [x for x in undisturbed.printed.splitlines() if x.startswith(f"│ {variant} ") and "±" in x]
+        [line] = [x for x in undisturbed.printed.splitlines() if x.startswith(f"{variant} ") and "±" in x]
         assert f"{headline:.4f} ± –" in line and f"{table['artifact_bytes'][variant]:,}" in line
     first, second = (undisturbed.numbers(variant) for variant in ("skips", "no_skips"))
     assert first["val_bpb"] != second["val_bpb"] and first["artifact_sha256"] != second["artifact_sha256"]

@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from golfbook import attention, devices
+from golfbook import activity, attention, devices
 from golfbook.config import load_config
 from golfbook.devices import Choices
 from golfbook.errors import GolfbookError
@@ -121,7 +121,8 @@ def of_machine(device: torch.device) -> Choices:
     with _lock(path.with_suffix(".lock")):
         found = _read(path)
         if found is None:
-            found = measure(device)
+            with activity.step("measuring what is fastest on this machine"):
+                found = measure(device)
             _write(path, asdict(found))
     return found
 

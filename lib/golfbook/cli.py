@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from golfbook import __version__
 from golfbook.errors import ConfigError, GolfbookError, RunError
+from golfbook.terminal import make_console, prepare_streams, say, show_pairs, show_path, show_table, write_json
 
 if TYPE_CHECKING:
     from golfbook.artifact import Artifact
@@ -28,11 +28,17 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+COST_KEYS = (  # of the first values of costs.totals
+    *("forward_mflop_a_token", "training_mflop_a_token", "causal_training_mflop_a_token", "scoring_mflop_a_token"),
+    *("artifact_bytes", "activation_kb_a_token"),
+)
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON document instead; progress goes to stderr.")]
 
 
 def main() -> None:
     """Run the command line; problems a user can fix are printed without a traceback and end with status 2."""
+    prepare_streams()
     debug = "--debug" in sys.argv[1:]
     if debug:
         sys.argv.remove("--debug")
@@ -41,7 +47,8 @@ def main() -> None:
     except GolfbookError as error:
         if debug:
             raise
-        Console(stderr=True).print(f"golfbook: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        for line in f"golfbook: {error}".splitlines():
+            say(make_console(stderr=True), line, "red")
         sys.exit(USER_ERROR)
 
 
@@ -73,6 +80,7 @@ def run(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, run nothing.")] = False,
     redraw: Annotated[bool, typer.Option("--redraw", help="Only draw the figures again, all of them.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Run a job: every variant with every seed, then the tables and the figures.
 
@@ -81,10 +89,13 @@ def run(
 
     Ends with status 0, 1 when a run or figure failed, 2 when the job or its settings are wrong, 130 after Ctrl-C.
     """
-    from golfbook import jobs, reports
+    from golfbook import jobs, reports, summaries
 
-    console = Console()
+    console = make_console(stderr=as_json)
     plan = jobs.plan(job, workers=workers)
+    if dry_run and as_json:
+        write_json(summaries.plan_data(plan))
+        return
     reports.show_plan(console, plan)
     if dry_run:
         return
@@ -94,34 +105,44 @@ def run(
             report = jobs.run(plan, follow, redraw=redraw)
     finally:
         signal.signal(signal.SIGTERM, previous)
-    reports.show_report(console, report)
+    if as_json:
+        write_json(summaries.report_data(report))
+    else:
+        reports.show_report(console, report)
     if report.interrupted:
         raise typer.Exit(INTERRUPTED)
     if report.failures:
         raise typer.Exit(FAILED)
 
 
-@app.command(epilog="Examples: `golfbook status`, `golfbook status quickstart`")
+@app.command(epilog="Examples: `golfbook status`, `golfbook status quickstart --seconds`")
 def status(
     study: Annotated[str | None, typer.Argument(help="A study; without one, all studies are listed.")] = None,
+    seconds: Annotated[bool, typer.Option("--seconds", help="Show where the seconds went, by stage and part.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show which runs of a study are done, failed, stale or still to do, and why they failed."""
-    from golfbook import reports, results
+    from golfbook import reports, results, summaries
     from golfbook.files import runs_root
 
-    console = Console()
-    known = results.studies()
-    if study is None:
-        if not known:
-            console.print(
-                f"No studies yet under {runs_root()}. Begin with: golfbook run papermill_jobs/quickstart.yaml"
-            )
-        for name in known:
+    console = make_console()
+    if study is not None:
+        results.current_runs(study)  # raises for an unknown study
+    studies = results.studies() if study is None else [study]
+    if as_json:
+        found = [summaries.study_data(name, seconds) for name in studies]
+        write_json({"studies": found} if study is None else found[0])
+    elif seconds:
+        for name in studies:
+            reports.show_seconds(console, name)
+    elif study is not None:
+        reports.show_status(console, study, last=False)
+        reports.show_study(console, study)
+    elif not studies:
+        say(console, f"No studies yet under {runs_root()}. Begin with: golfbook run papermill_jobs/quickstart.yaml")
+    else:
+        for name in studies:
             reports.show_status(console, name)
-        return
-    results.current_runs(study)  # raises for an unknown study
-    reports.show_status(console, study, last=False)
-    reports.show_study(console, study)
 
 
 @app.command(epilog="Examples: `golfbook collect quickstart`, `golfbook collect training --reference`")
@@ -139,7 +160,7 @@ def collect(
     from golfbook import reports, results
     from golfbook.files import runs_root
 
-    console = Console()
+    console = make_console()
     frame = results.collect(study)
     reports.show_study(console, study)
     written = [runs_root() / study / name for name in ("results.parquet", "metrics.parquet")]
@@ -149,8 +170,8 @@ def collect(
         written += tables
         note += f", {count} of them finished and in the reference tables"
     for path in written:
-        console.print(reports.show_path(path), soft_wrap=True, highlight=False)
-    console.print(note)
+        say(console, show_path(path))
+    say(console, note)
 
 
 @app.command(epilog="Examples: `golfbook presets`, `golfbook presets quickstart`")
@@ -159,32 +180,45 @@ def presets(
     cost: Annotated[
         bool, typer.Option("--cost", help="Show arithmetic, memory, artifact bytes and step time on named GPUs.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """List the presets with their sizes, or one preset in detail. Nothing is allocated."""
-    from rich.table import Table
-
     if cost:
-        _show_costs(Console(), name)
+        _show_costs(name, as_json)
         return
 
     from golfbook.config import load_config, preset_names
     from golfbook.model import parameter_table
 
-    console = Console()
-    if name is None:
-        table = Table("preset", "parameters", "layers", "width", "steps", "tokens a step", "data")
-        for preset in preset_names():
-            c = load_config(preset)
-            total = parameter_table(c.model)["total"]
-            numbers = (c.model.num_layers, c.model.model_dim, c.train.steps, c.train.batch_tokens)
-            table.add_row(preset, f"{total:,}", *(f"{n:,}" for n in numbers), c.data.source)
-        console.print(table)
+    if name is not None:
+        groups = parameter_table(load_config(name).model)
+        if as_json:
+            write_json({"preset": name, "parameters": groups})
+            return
+        rows = [(group, f"{count:,}", f"{count / groups['total']:.1%}") for group, count in groups.items()]
+        heads = ("parameters of", "count", "share")
+        show_table(make_console(), heads, rows, title=name, right=heads[1:])
         return
-    groups = parameter_table(load_config(name).model)
-    table = Table("parameters of", "count", "share", title=name, title_justify="left")
-    for group, count in groups.items():
-        table.add_row(group, f"{count:,}", f"{count / groups['total']:.1%}")
-    console.print(table)
+    found = []
+    for preset in preset_names():
+        c = load_config(preset)
+        found.append(
+            {
+                "preset": preset,
+                "parameters": parameter_table(c.model)["total"],
+                "layers": c.model.num_layers,
+                "width": c.model.model_dim,
+                "steps": c.train.steps,
+                "tokens_a_step": c.train.batch_tokens,
+                "data": c.data.source,
+            }
+        )
+    if as_json:
+        write_json({"presets": found})
+        return
+    names = [key.replace("_", " ") for key in found[0]]
+    lines = [tuple(v if isinstance(v, str) else f"{v:,}" for v in one.values()) for one in found]
+    show_table(make_console(), names, lines, right=names[1:-1])
 
 
 @app.command(epilog="Example: `golfbook score runs/quickstart/RUN/artifact.golf --text my_notes.txt --stride 64`")
@@ -197,6 +231,7 @@ def score(
         Path | None, typer.Option(help="The SentencePiece .model. Default: tokenizer.model beside the artifact.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="Key of the text in a .jsonl line.")] = "text",
+    as_json: Json = False,
 ) -> None:
     """Give the bits per byte of an artifact on any text, with sliding windows, each token scored once.
 
@@ -204,10 +239,13 @@ def score(
     not count towards the size. The bytes that divide are the UTF-8 bytes of the text as it is in the file.
     """
     from golfbook import artifact as artifacts
-    from golfbook import reports
 
     loaded = artifacts.read_artifact(artifact)
-    reports.show_score(Console(), _score(artifact, loaded, text, stride, window, tokenizer, text_field))
+    values = _score(artifact, loaded, text, stride, window, tokenizer, text_field)
+    if as_json:
+        write_json(values)
+    else:
+        show_pairs(make_console(), _score_text(values))
 
 
 @app.command(epilog="Example: `golfbook lab --port 8890`")
@@ -234,49 +272,60 @@ def lab(
     os.execve(sys.executable, command, {**os.environ, "GOLFBOOK_ROOT": str(project_root())})
 
 
-def _show_costs(console: Console, name: str | None) -> None:
-    from rich.table import Column, Table
-
+def _show_costs(name: str | None, as_json: bool) -> None:
     from golfbook import costs
     from golfbook.config import load_config, preset_names
     from golfbook.model import parameter_table
 
+    console = make_console()
+    totals = {preset: costs.totals(load_config(preset)) for preset in ([name] if name else preset_names())}
+    if as_json:
+        found = []
+        for preset, values in totals.items():
+            left = iter(values.values())
+            one = {"preset": preset, **dict(zip(COST_KEYS, left, strict=False))}
+            found.append({**one, "step_ms": dict(zip(costs.GPUS, left, strict=True))})
+        write_json({"presets": found})
+        return
     if name is not None:
         config = load_config(name)
-        table = Table("cost of", "value", title=name, title_justify="left")
-        for label, value in costs.totals(config).items():
-            table.add_row(label, f"{value:,.0f}" if value >= 100 else f"{value:,.3g}")
+        rows = [(label, _three_digits(value)) for label, value in totals[name].items()]
         for label, value in costs.per_token(config.model, config.train.sequence_length).forward.items():
-            table.add_row(f"forward: {label}, MFLOP a token", f"{value / 1e6:,.3f}")
+            rows.append((f"forward: {label}, MFLOP a token", f"{value / 1e6:,.3f}"))
+        show_table(console, ("cost of", "value"), rows, title=name, right=("value",))
     else:
-        heads = ("params", "fwd", "train", "score", "file", "KB", "A100", "H100", "H200")
-        columns = (Column(head, justify="right", no_wrap=True) for head in heads)
-        table = Table(Column("preset", no_wrap=True), *columns, box=None, padding=(0, 1, 0, 0), pad_edge=False)
-        for preset in preset_names():
-            config = load_config(preset)
-            parameters = parameter_table(config.model)["total"]
-            forward, train, _, score, size, saved, a100, _, h100, h200 = costs.totals(config).values()
-            values = (parameters / 1e6, forward, train, score, size / 1e6, saved, a100, h100, h200)
-            table.add_row(preset, *(f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values))
-    console.print(table)
-    console.print(
+        heads = ("preset", "params", "fwd", "train", "score", "file", "KB", "A100", "H100", "H200")
+        lines = []
+        for preset, values in totals.items():
+            parameters = parameter_table(load_config(preset).model)["total"]
+            forward, train, _, score, size, saved, a100, _, h100, h200 = values.values()
+            numbers = (parameters / 1e6, forward, train, score, size / 1e6, saved, a100, h100, h200)
+            lines.append((preset, *map(_three_digits, numbers)))
+        show_table(console, heads, lines, right=heads[1:])
+    say(
+        console,
         "params: million. fwd, train, score: million operations a token (a product and its sum are two), attention "
         "counted in full. file: artifact in MB, estimated within 10 %. KB: activations a token in bfloat16, not "
         "compiled. A100 (PCIe, 40 GB), H100, H200: milliseconds of a step of train.batch_tokens on one GPU, by two "
         "constants chosen on two published runs; on four others the error is 1 to 11 %. "
         "More about one: golfbook presets NAME --cost",
-        highlight=False,
     )
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.3g}"
 
 
 def _score(
     path: Path, artifact: Artifact, text: Path, stride: int, window: int | None, tokenizer: Path | None, field: str
-) -> dict[str, str]:
+) -> dict[str, Any]:
+    """What ``golfbook score`` finds, as plain data."""
     import numpy as np
+    import torch
     from rich.progress import Progress
 
     from golfbook import artifact as artifacts
-    from golfbook import corpus, documents, scoring
+    from golfbook import choices, corpus, documents, scoring
     from golfbook.config import BudgetConfig
 
     pieces = artifacts.find_tokenizer(path, artifact, tokenizer)
@@ -285,8 +334,9 @@ def _score(
         raise ConfigError(f"--stride {stride} is more than the window of {window} tokens")
     texts = documents.read_documents(text, field)
     tokens, token_bytes, total_bytes = corpus.encode_for_scoring(pieces, texts)
+    choices.set_up(torch.get_num_threads(), torch.device("cpu"))
     started = time.monotonic()
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=make_console(stderr=True), transient=True) as bar:
         task = bar.add_task("windows")
 
         def show(done: int, total: int) -> None:
@@ -296,18 +346,38 @@ def _score(
     seconds = time.monotonic() - started
     values: dict[str, Any] = scoring.summarize(nll, total_bytes)
     lost = total_bytes - int(np.sum(token_bytes, dtype=np.int64))
-    report = artifacts.size_report(artifact.bytes, BudgetConfig().limit_bytes)
     return {
-        "bits per byte": f"{values['val_bpb']:.6f}",
-        "loss (nats a token)": f"{values['val_loss']:.6f}",
-        "tokens": f"{values['tokens']:,}",
-        "bytes": f"{total_bytes:,} in {len(texts):,} documents",
-        "normalisation": f"{lost:,} of these bytes are in no token ({lost / total_bytes:.4%}); they count all the same",
-        "window, stride": f"{window}, {stride}",
-        "seconds": f"{seconds:.1f}",
-        "tokenizer": f"{pieces.path} (not counted in the size, as in the challenge)",
-        "artifact": f"{artifact.bytes:,} bytes; with {report['code_bytes']:,} bytes of code {report['total_bytes']:,}, "
-        f"{'within' if report['within_budget'] else 'OVER'} the limit of {report['limit_bytes']:,}",
+        "artifact": path,
+        "val_bpb": values["val_bpb"],
+        "val_loss": values["val_loss"],
+        "tokens": values["tokens"],
+        "bytes": total_bytes,
+        "documents": len(texts),
+        "bytes_in_no_token": lost,
+        "window": window,
+        "stride": stride,
+        "seconds": seconds,
+        "tokenizer": pieces.path,
+        "artifact_bytes": artifact.bytes,
+        **artifacts.size_report(artifact.bytes, BudgetConfig().limit_bytes),
+    }
+
+
+def _score_text(found: dict[str, Any]) -> dict[str, str]:
+    lost = found["bytes_in_no_token"]
+    return {
+        "bits per byte": f"{found['val_bpb']:.6f}",
+        "loss (nats a token)": f"{found['val_loss']:.6f}",
+        "tokens": f"{found['tokens']:,}",
+        "bytes": f"{found['bytes']:,} in {found['documents']:,} documents",
+        "normalisation": f"{lost:,} of these bytes are in no token ({lost / found['bytes']:.4%}); "
+        "they count all the same",
+        "window, stride": f"{found['window']}, {found['stride']}",
+        "seconds": f"{found['seconds']:.1f}",
+        "tokenizer": f"{found['tokenizer']} (not counted in the size, as in the challenge)",
+        "artifact": f"{found['artifact_bytes']:,} bytes; with {found['code_bytes']:,} bytes of code "
+        f"{found['total_bytes']:,}, {'within' if found['within_budget'] else 'OVER'} the limit of "
+        f"{found['limit_bytes']:,}",
     }
 
 

@@ -25,7 +25,6 @@ from golfbook.settings import (
     BudgetConfig,
     DataConfig,
     ModelConfig,
-    NonNegative,
     QuantizeConfig,
     ScoreConfig,
     Section,
@@ -45,7 +44,7 @@ class Config(Section):
     """Everything that decides what a run computes; equal configs have equal hashes and share a run folder."""
 
     preset: str = Field("custom", description="name of the preset this config started from")
-    seed: NonNegative = 1
+    seed: int = Field(1, ge=0, le=2**63 - 1, description="what a table of results can hold: 64 bits with a sign")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from golfbook import pydocs
+from golfbook import activity, pydocs
 from golfbook.config import Config
 from golfbook.documents import Split, read_corpus, read_documents, split_documents, text_files
 from golfbook.errors import ByteAccountingError, DataError
@@ -67,6 +67,7 @@ class Dataset:
     train_tokens: int
 
 
+@activity.step("opening the text")
 def prepare(config: Config) -> Dataset:
     """Open the dataset of a config; build it first where the cache has none. Equal inputs give equal datasets.
 
@@ -96,7 +97,9 @@ def prepare(config: Config) -> Dataset:
         description["text_field"] = data.text_field
 
     def build(folder: Path) -> dict[str, Any]:
+        activity.doing("reading documents")
         texts = pydocs.gather() if data.source == "pydocs" else read_corpus(resolve(data.path), data.text_field)
+        activity.doing("leaving out duplicates")
         return _build(folder, split_documents(texts, data.validation_fraction), config)
 
     folder, record = _cached(data.source, description, build)
@@ -185,9 +188,11 @@ def _build(folder: Path, split: Split, config: Config) -> dict[str, Any]:
     if config.data.tokenizer:
         _copy(resolve(config.data.tokenizer), path)
     else:
+        activity.doing("training the tokenizer")
         train_tokenizer(split.train, config.model.vocab_size, path)
     tokenizer = Tokenizer.load(path)
     _check_vocabulary(tokenizer, config)
+    activity.doing("encoding the text")
     train = audit_documents(tokenizer, split.train, "training")
     validation = audit_documents(tokenizer, split.validation, "validation")
     name = config.data.source
@@ -235,6 +240,7 @@ def _prepare_shards(config: Config) -> Dataset:
     data = config.data
     extra: dict[str, Any] = {}
     if data.source == "fineweb":
+        activity.doing("downloading FineWeb")
         local = download_fineweb(cache_root() / "fineweb", data.fineweb_train_shards)
         train, validation, model = local.train, local.validation, local.tokenizer
         extra = {"repository": REPOSITORY, "revision": local.revision}
@@ -255,6 +261,7 @@ def _prepare_shards(config: Config) -> Dataset:
     }
 
     def build(target: Path) -> dict[str, Any]:
+        activity.doing("checking the shards")
         _copy(model, target / "tokenizer.model")
         digest = hashlib.sha256(tokenizer.sha256.encode())
         checked = 0
@@ -336,6 +343,7 @@ def _cached(
         return folder, record
     try:
         root.mkdir(parents=True, exist_ok=True)
+        activity.doing("waiting for another process that prepares the text")
         with FileLock(root / f".{folder.name}.lock"):
             record = _read_record(folder)
             if record is not None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 from golfbook.config import Config, DataConfig, ModelConfig, validate
 from golfbook.errors import GolfbookError
 from golfbook.files import resolve, runs_root
+from golfbook.machine import available_cores, visible_gpus
 from golfbook.runs import STAGES, environment
 
 CPU_SPEED = 4e10  # operations a second and thread of the quickstart on a server core; slower cores reach a third
@@ -27,6 +26,16 @@ GPU_SPEED = 5e13  # operations a second and GPU
 NOTEBOOK_SECONDS = 20.0  # start of a kernel, imports, plots
 PROCESS_BYTES = 700_000_000  # a kernel and a trainer that have imported torch and loaded the corpus
 BYTES_PER_TOKEN = 2.4  # of English prose with 1,024 pieces
+LEAST_SECONDS = 2.0  # of work that says something about speed; below, what precedes the work decides
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a finished run did: parameters of its model, operations, seconds they took."""
+
+    size: int
+    operations: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -40,20 +49,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class History:
-    """Speeds (operations a second) and peaks of finished runs on this machine, by number of parameters."""
+    """What finished runs on this machine did, and how many tokens their validation splits have."""
 
-    training: tuple[tuple[int, float], ...] = ()
-    scoring: tuple[tuple[int, float], ...] = ()
+    training: tuple[Work, ...] = ()
+    scoring: tuple[Work, ...] = ()
     validation_tokens: tuple[tuple[DataConfig, int], ...] = ()
-
-
-def visible_gpus() -> list[str]:
-    """Names of the GPUs a trainer may use, as ``CUDA_VISIBLE_DEVICES`` spells them; empty on a machine without."""
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if allowed is not None:
-        return [name.strip() for name in allowed.split(",") if name.strip() not in ("", "-1")]
-    numbers = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
-    return sorted((number for number in numbers if number.isdigit()), key=int)
 
 
 def uses_gpu(config: Config) -> bool:
@@ -79,7 +79,10 @@ def rough_parameters(model: ModelConfig) -> int:
 
 
 def read_history() -> History:
-    """Gather the speeds of all finished runs under the runs folder that were made on this processor."""
+    """Gather the work of all finished runs under the runs folder that were made on this processor or these GPUs.
+
+    Work of less than ``LEAST_SECONDS`` is left out.
+    """
     training, scoring, tokens = [], [], []
     here = environment()
     for folder in sorted({path.parent for path in runs_root().glob("*/*/result.training.json")}):
@@ -90,28 +93,32 @@ def read_history() -> History:
             config = validate(_read_json(folder / "config.json"))
             size = rough_parameters(config.model)
             trained = _read_json(folder / "result.training.json")
+            if trained.get("status") != "ok" or trained.get("device", "cpu").startswith("cuda") != uses_gpu(config):
+                continue
             seconds = _number(trained, "train_seconds")
-            if trained.get("status") == "ok" and seconds:
-                training.append((size, training_operations(config) / seconds))
+            if seconds >= LEAST_SECONDS:
+                share = _number(trained, "steps") / config.train.steps or 1.0  # the clock may have ended it earlier
+                training.append(Work(size, share * training_operations(config), seconds))
             scored = _read_json(folder / "result.test_time_training.json")
-            seconds, count = _number(scored, "score_seconds"), _number(scored, "tokens")
-            if scored.get("status") == "ok" and seconds and count:
-                scoring.append((size, scoring_operations(config, int(count)) / seconds))
-                tokens.append((config.data, int(count)))
+            seconds, count = _number(scored, "score_seconds"), int(_number(scored, "tokens"))
+            if scored.get("status") == "ok" and count:
+                tokens.append((config.data, count))
+                if seconds >= LEAST_SECONDS:
+                    scoring.append(Work(size, scoring_operations(config, count), seconds))
     return History(tuple(training), tuple(scoring), tuple(tokens))
 
 
 def estimate(config: Config, stages: Iterable[str], history: History) -> Estimate:
     """Estimate one run; ``source`` says which numbers were measured and which follow the rule of thumb."""
     size = rough_parameters(config.model)
-    rule = GPU_SPEED if uses_gpu(config) else CPU_SPEED * config.train.threads
+    rule, together = (_rule_of_thumb(config, processes) for processes in (1, config.train.processes))
     trained = _nearest_speed(history.training, size)
     scored = _nearest_speed(history.scoring, size)
     count = next((n for data, n in reversed(history.validation_tokens) if data == config.data), None)
     if count is None:
         count = _validation_tokens(config.data)
     seconds = {
-        "training": training_operations(config) / (trained or rule * config.train.processes),
+        "training": training_operations(config) / (trained or together),
         "quantization": 2 * size * count / (scored or rule),
         "test_time_training": scoring_operations(config, count) / (scored or rule),
     }
@@ -159,15 +166,26 @@ def _validation_tokens(data: DataConfig) -> int:
     return max(1, int(size * data.validation_fraction / BYTES_PER_TOKEN))
 
 
-def _nearest_speed(known: Iterable[tuple[int, float]], size: int) -> float | None:
-    """Median speed of the ten models nearest in size, as long as they are within a factor of ten."""
-    close = sorted((abs(math.log(n / size)), speed) for n, speed in known if n / 10 <= size <= n * 10)
-    return statistics.median([speed for _, speed in close[:10]]) if close else None
+def _rule_of_thumb(config: Config, processes: int) -> float:
+    if uses_gpu(config):
+        return GPU_SPEED * processes
+    return CPU_SPEED * min(config.train.threads * processes, available_cores())
 
 
-def _number(values: Mapping[str, Any], key: str) -> float | None:
+def _nearest_speed(known: Iterable[Work], size: int) -> float | None:
+    """Operations a second of the ten runs nearest in size taken together, within a factor of ten.
+
+    Taken together, long runs weigh more than short ones, as they will in what is estimated.
+    """
+    close = [work for work in known if work.size / 10 <= size <= work.size * 10]
+    close.sort(key=lambda work: abs(math.log(work.size / size)))
+    seconds = sum(work.seconds for work in close[:10])
+    return sum(work.operations for work in close[:10]) / seconds if seconds else None
+
+
+def _number(values: Mapping[str, Any], key: str) -> float:
     value = values.get(key)
-    return float(value) if isinstance(value, int | float) and value > 0 else None
+    return float(value) if isinstance(value, int | float) and value > 0 else 0.0
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from golfbook import errors
+from golfbook import activity, errors
 from golfbook.errors import GolfbookError, RunError
 from golfbook.files import (
     atomic_write_bytes,
@@ -47,7 +47,7 @@ def execute_stage(run_dir: str | Path, stage: str, overrides: Mapping[str, Any] 
     run = open_run(run_dir)
     if run.is_locked("job"):
         print(f"{run.name}: waiting for another process that works on this run", flush=True)
-    with run.lock("job"):
+    with run.lock("job"), activity.notebook(run.path, stage):
         if stage_finished(run, stage):
             print(f"{run.name}: {stage} is already done", flush=True)
             return
@@ -89,7 +89,8 @@ def execute_figure(study: str, name: str) -> None:
     source, target = notebook_path(name), folder / "notebooks" / f"{name}.ipynb"
     found, notebook, code = digest(rows(study)), sha256_file(source), environment()["code_sha256"]
     before = _pictures()
-    execute(source, target, {"study": study}).replace(target)
+    with activity.notebook(folder, f"figure {name}", activity.FIGURE):
+        execute(source, target, {"study": study}).replace(target)
     changed = [path for path, modified in _pictures().items() if before.get(path) != modified]
     atomic_write_json(
         figure_record(study, name),

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from golfbook import launcher
+from golfbook import activity, launcher
 from golfbook.errors import RunError
-from golfbook.estimates import uses_gpu, visible_gpus
+from golfbook.estimates import uses_gpu
 from golfbook.execution import (
     child_main,
     describe_exit,
@@ -34,8 +34,9 @@ from golfbook.execution import (
     stage_log,
 )
 from golfbook.files import figures_root, folders, project_root, sha256_file
+from golfbook.machine import visible_gpus
 from golfbook.plan import Plan, PlannedRun, notebook_path, plan
-from golfbook.results import collect, digest, is_collected, note_variants, rows
+from golfbook.results import collect, digest, is_collected, note_seconds, note_variants, rows
 from golfbook.runs import create_run, environment
 
 __all__ = ["Figure", "Progress", "Report", "RunStatus", "collect", "plan", "run"]
@@ -52,6 +53,7 @@ class RunStatus:
     planned: PlannedRun
     state: State = "waiting"
     stage: str = ""
+    since: float = 0.0  # when the stage began, by the clock of the wall
     executed: list[str] = field(default_factory=list)
     finished: set[str] = field(default_factory=set)
     message: str = ""
@@ -117,7 +119,10 @@ def run(plan: Plan, on_progress: Callable[[Progress], None] | None = None, *, re
         job.execute_figures(redraw)
     except KeyboardInterrupt:
         job.stop()
-    return job.report()
+    report = job.report()
+    if not report.nothing_done:
+        note_seconds(plan, report.seconds)
+    return report
 
 
 class _Job:
@@ -225,7 +230,7 @@ class _Job:
             if self.stopping.is_set():
                 status.state = "stopped"
                 return
-            status.state, status.stage = "running", stage
+            status.state, status.stage, status.since = "running", stage, time.time()
             status.log = stage_log(planned.run, stage)
             before = planned.run.read_result(stage)
             overrides = json.dumps(dict(planned.overrides))
@@ -331,10 +336,7 @@ class _Job:
         busy = []
         for status in self.statuses:
             if status.state == "running":
-                steps = ""
-                if status.stage == "training":
-                    steps = f" {_trained_steps(status.planned)}/{status.planned.config.train.steps}"
-                busy.append(f"{status.planned.name} {status.stage}{steps}")
+                busy.append(f"{status.planned.name} {_doing(status)}")
         busy += [f"figure {figure.name}" for figure in self.figures if figure.state == "running"]
         self.on_progress(Progress(fraction, left, seconds, tuple(busy)))
 
@@ -348,10 +350,21 @@ def _environment(planned: PlannedRun, gpus: list[str]) -> dict[str, str]:
         "MKL_NUM_THREADS": threads,
         "JUPYTER_PREFER_ENV_PATH": "1",  # the python3 kernel of this environment, not one in the home folder
         "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",  # of the logs, whatever the terminal of this process can show
     }
     if gpus:
         extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: planned.config.train.processes])
     return {**os.environ, **extra}
+
+
+def _doing(status: RunStatus) -> str:
+    """The stage of a running run, with the steps it has trained, and what else is being done in it."""
+    words, what = status.stage, activity.now(status.planned.path, status.since)
+    if status.stage == "training":
+        steps = _trained_steps(status.planned)
+        if steps or what == "training":
+            words += f" {steps}/{status.planned.config.train.steps}"
+    return words if what in ("", "training") else f"{words}: {what}"
 
 
 def _trained_steps(planned: PlannedRun) -> int:

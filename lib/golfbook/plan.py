@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from golfbook.config import Config, load_config, read_yaml
 from golfbook.errors import ConfigError, GolfbookError, nearest
-from golfbook.estimates import Estimate, estimate, read_history, uses_gpu, visible_gpus
+from golfbook.estimates import Estimate, estimate, read_history, uses_gpu
 from golfbook.files import canonical_json, project_root, resolve, runs_root, sha256_bytes
+from golfbook.machine import available_cores, available_memory, visible_gpus
 from golfbook.runs import STAGE_NOTEBOOKS, STAGES, Run, run_folder
 
 STAGE_PARAMETERS = ("preset", "seed", "study", "variant", "overrides", "run_dir")
@@ -203,19 +202,14 @@ def variant_hash(config: Config) -> str:
     return sha256_bytes(canonical_json(config.model_dump(mode="json", exclude={"preset", "seed"})).encode())[:10]
 
 
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _default_workers(made: Plan) -> int:
     """As many runs at a time as cores (or GPUs) and memory allow, and no more than there are runs."""
     trains = [run.config.train for run in made.runs]
     if uses_gpu(made.runs[0].config):  # so do all others
         units = len(visible_gpus()) // max(train.processes for train in trains)
     else:
-        units = available_cores() // max(train.threads * train.processes for train in trains)
-    fits = int(psutil.virtual_memory().available // max(run.estimate.memory_bytes for run in made.runs))
+        units = int(available_cores() // max(train.threads * train.processes for train in trains))
+    fits = available_memory() // max(run.estimate.memory_bytes for run in made.runs)
     return max(1, min(units, fits, len(made.runs)))
 
 

@@ -1,10 +1,11 @@
-"""What the command line shows: plans, progress, and how a job ended. Rich tables from plain data."""
+"""What the command line shows: plans, progress, studies, and how a job ended."""
 
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,67 +14,47 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 from rich.text import Text
 
 from golfbook.jobs import Progress, Report
 from golfbook.plan import Plan
-from golfbook.results import rows
-from golfbook.runs import STAGES, list_runs, skipped_runs
-from golfbook.statistics import describe, spread_text
+from golfbook.results import read_record
+from golfbook.runs import STAGES, skipped_runs
+from golfbook.statistics import Summary, spread_text
+from golfbook.summaries import chosen_rows, seconds_data, states_data, variants_data
+from golfbook.terminal import duration, say, show_path, show_table, size
 
 LINE_SECONDS = 15.0  # between two progress lines where the output is no terminal
-MARKS = {"done": "[green]done[/]", "failed": "[red]failed[/]", "stale": "[yellow]stale[/]", "missing": "[dim]–[/]"}
-SECONDS = ("train_seconds", "quantize_seconds", "score_seconds")
-
-
-def duration(seconds: float) -> str:
-    """``8 s``, ``2 min 5 s``, ``3 h 20 min``."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def size(count: float) -> str:
-    """``1.3 GB``, decimal as in the challenge."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def show_path(path: Path) -> str:
-    """A path as short as it can be written from the working folder."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+MARKS = {
+    "done": Text("done", "green"),
+    "failed": Text("failed", "red"),
+    "stale": Text("stale", "yellow"),
+    "missing": Text("–", "dim"),
+}
 
 
 def show_plan(console: Console, plan: Plan) -> None:
     """Print the runs of a plan, the state of their stages, and the estimate of time and memory."""
-    table = Table(title=f"{plan.study}: {len(plan.runs)} runs of preset {Path(plan.preset).stem}", title_justify="left")
-    table.add_column("variant")
-    table.add_column("seed", justify="right")
-    table.add_column("changes to the preset")
-    for stage in plan.stages:
-        table.add_column(stage.replace("_", " "))
+    rows: list[list[str | Text]] = []
     for run in plan.runs:
-        changes = Text(", ".join(f"{key}={value}" for key, value in run.overrides.items()) or "none")
+        changes = ", ".join(f"{key}={value}" for key, value in run.overrides.items()) or "none"
         states = [MARKS["done"] if run.finished(s) else _unfinished(run.run.state(s)) for s in plan.stages]
-        table.add_row(run.variant, str(run.config.seed), changes, *states)
-    console.print(table)
+        rows.append([run.variant, str(run.config.seed), *states, changes])
+    show_table(
+        console,
+        ["variant", "seed", *(stage.replace("_", " ") for stage in plan.stages), "changes to the preset"],
+        rows,
+        title=f"{plan.study}: {len(plan.runs)} runs of preset {Path(plan.preset).stem}",
+        right=["seed"],
+        wrap=["changes to the preset"],
+    )
     left = plan.remaining_seconds()
     if left:
-        console.print(
+        say(
+            console,
             f"To do: {len(plan.remaining())} of {len(plan.runs) * len(plan.stages)} stages, {plan.workers} runs at a "
             f"time; about {duration(left)} and {size(plan.memory_bytes())} of memory, "
             f"by {plan.runs[0].estimate.source}.",
-            highlight=False,
         )
 
 
@@ -101,15 +82,17 @@ def show_report(console: Console, report: Report) -> None:
     for status in report.runs:
         if status.state == "failed":
             first, *rest = (status.message or "unknown cause").splitlines()
-            console.print(Text(f"FAILED {status.planned.name}, {status.stage}: {first}", style="red"), soft_wrap=True)
+            say(console, f"FAILED {status.planned.name}, {status.stage}: {first}", "red")
             for line in (*rest, f"    log: {status.log}"):
-                console.print(Text(line), soft_wrap=True)
+                say(console, line)
     for figure in report.figures:
         if figure.state == "failed":
-            console.print(Text(f"FAILED figure {figure.name}: {figure.message}", style="red"), soft_wrap=True)
-            console.print(Text(f"    log: {figure.log}"), soft_wrap=True)
+            first, *rest = figure.message.splitlines() or ["unknown cause"]
+            say(console, f"FAILED figure {figure.name}: {first}", "red")
+            for line in (*rest, f"    log: {figure.log}"):
+                say(console, line)
         elif figure.state == "skipped":
-            console.print(f"Figure {figure.name} was not drawn: {figure.message}.")
+            say(console, f"Figure {figure.name} was not drawn: {figure.message}.")
     places = [
         ("study", plan.folder),
         ("tables", plan.folder / "results.parquet"),
@@ -125,16 +108,16 @@ def show_report(console: Console, report: Report) -> None:
             else ""
         )
         if path.exists():
-            console.print(Text(f"{label:>10}  {show_path(path)}{more}"), soft_wrap=True)
+            say(console, f"{label:>10}  {show_path(path)}{more}")
     again = f"golfbook run {show_path(plan.source)}"
     if report.interrupted:
-        console.print(f"Stopped. Everything so far is kept; go on with: {again}", style="yellow", soft_wrap=True)
+        say(console, f"Stopped. Everything so far is kept; go on with: {again}", "yellow")
     elif report.nothing_done:
-        console.print("Nothing to do: every stage and figure of this job is done.", style="green")
+        say(console, "Nothing to do: every stage and figure of this job is done.", "green")
     elif report.failures:
-        console.print(f"Failed: {len(report.failures)}. Try again with: {again}", style="red", soft_wrap=True)
+        say(console, f"Failed: {len(report.failures)}. Try again with: {again}", "red")
     else:
-        console.print(f"Done in {duration(report.seconds)}.", style="green")
+        say(console, f"Done in {duration(report.seconds)}.", "green")
 
 
 def show_study(console: Console, study: str, only: Sequence[str] | None = None) -> None:
@@ -142,41 +125,31 @@ def show_study(console: Console, study: str, only: Sequence[str] | None = None) 
 
     ``only`` names the run folders to show, in the order their variants are printed in; default: all of the study.
     """
-    by_folder = {row["run"]: row for row in rows(study)}
-    found = [by_folder[name] for name in (only or by_folder) if name in by_folder]
-    variants = list(dict.fromkeys(row["variant"] for row in found))
-    table = Table(title=f"{study}: bits per byte of held-out text, lower is better", title_justify="left")
-    for name, justify in (("variant", "left"), ("n", "right"), ("BPB mean ± std", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name in ("artifact bytes", "seconds"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    notes = set()
-    for variant in variants:
-        mine = [row for row in found if row["variant"] == variant]
-        stage = next((s for s in reversed(STAGES) if any(f"{s}_val_bpb" in row for row in mine)), None)
-        if stage is None:
-            summary = describe([])
-        else:
-            summary = describe([row.get(f"{stage}_val_bpb", math.nan) for row in mine])
-            notes.add(stage)
-        failed = sum(any(row[f"{s}_state"] == "failed" for s in STAGES) for row in mine)
-        remark = f"[red]{failed} failed[/]" if failed else ""
-        if stage not in (None, STAGES[-1]):
-            remark = ", ".join(filter(None, (remark, f"BPB after {stage}")))
-        size_text = _mean_text([row["artifact_bytes"] for row in mine if "artifact_bytes" in row])
-        seconds = [sum(row[k] for k in SECONDS if k in row) for row in mine if any(k in row for k in SECONDS)]
-        table.add_row(variant, str(summary.n), spread_text(summary), size_text, _mean_text(seconds), remark)
-    console.print(table)
-    if STAGES[-1] in notes:
-        console.print(
-            "BPB is that of the reloaded artifact under sliding windows, the headline number.", highlight=False
-        )
-    if any("@" in variant for variant in variants):
-        console.print(
+    found = chosen_rows(study, only)
+    variants = variants_data(found)
+    lines = []
+    for one in variants:
+        summary = Summary(one["n"], one["val_bpb_mean"], one["val_bpb_std"], math.nan, math.nan)
+        remarks = [f"{one['failed']} failed"] if one["failed"] else []
+        if one["val_bpb_after"] not in (None, STAGES[-1]):
+            remarks.append(f"BPB after {one['val_bpb_after']}")
+        remark = Text(", ".join(remarks), "red" if one["failed"] else "")
+        numbers = (_number_text(one[key]) for key in ("artifact_bytes", "seconds"))
+        lines.append([one["variant"], str(one["n"]), spread_text(summary), *numbers, remark])
+    show_table(
+        console,
+        ["variant", "n", "BPB mean ± std", "artifact bytes", "seconds", "remark"],
+        lines,
+        title=f"{study}: bits per byte of held-out text, lower is better",
+        right=["n", "BPB mean ± std", "artifact bytes", "seconds"],
+    )
+    if any(one["val_bpb_after"] == STAGES[-1] for one in variants):
+        say(console, "BPB is that of the reloaded artifact under sliding windows, the headline number.")
+    if any("@" in one["variant"] for one in variants):
+        say(
+            console,
             "One name stands for several configurations, told apart by their hash: see variant_hash and config_json in "
             "the collected table.",
-            highlight=False,
         )
     _show_context(console, found)
     _show_skipped(console, study)
@@ -185,84 +158,79 @@ def show_study(console: Console, study: str, only: Sequence[str] | None = None) 
 def show_status(console: Console, study: str, last: bool = True) -> None:
     """Print the state of every run of a study, with the first line of each failure.
 
-    Unless the table of the study follows (``last`` is false), also how many folders could not be read.
+    Unless the table of the study follows (``last`` is false), also which folders were passed over.
     """
-    table = Table(title=study, title_justify="left")
-    for name in ("run", *STAGES):
-        table.add_column(name)
-    failures = []
-    for run in list_runs(study):
-        states = [run.state(stage) for stage in STAGES]
-        table.add_row(run.path.name, *(MARKS[state] for state in states))
-        for stage, state in zip(STAGES, states, strict=True):
-            if state == "failed":
-                message = (run.read_result(stage) or {}).get("message") or "unknown cause"
-                failures.append(f"{run.path.name}, {stage}: {str(message).splitlines()[0]}")
-    console.print(table)
-    for failure in failures:
-        console.print(Text(failure, style="red"), soft_wrap=True)
+    found = states_data(study)
+    lines = [[one["run"], *(MARKS[one["states"][stage]] for stage in STAGES)] for one in found]
+    show_table(console, ["run", *STAGES], lines, title=study)
+    for one in found:
+        for stage, message in one["messages"].items():
+            say(console, f"{one['run']}, {stage}: {message.splitlines()[0]}", "red")
     if last:
         _show_skipped(console, study)
 
 
+def show_seconds(console: Console, study: str) -> None:
+    """Print where the seconds of a study went, by stage and part, and how long its jobs took by the clock."""
+    found = seconds_data(study)
+    total = sum(one["seconds"] for one in found)
+    lines = [
+        [one["stage"], one["part"], str(one["runs"]), f"{one['seconds']:.1f}", f"{one['seconds'] / total:.0%}"]
+        for one in found
+        if one["seconds"] >= 0.05
+    ]
+    right = ["runs", "seconds", "share"]
+    show_table(console, ["stage", "part", *right], lines, title=f"{study}: seconds of all runs together", right=right)
+    for job, seconds in read_record(study).get("seconds", {}).items():
+        say(console, f"The last call of {job} that had something to do took {duration(seconds)}.")
+
+
 def _show_skipped(console: Console, study: str) -> None:
-    count = len(skipped_runs(study))
-    if count:
-        folders = "run folder of an older version was" if count == 1 else "run folders of an older version were"
-        console.print(f"{count} {folders} passed over.", style="yellow", highlight=False)
+    for folder, reason in skipped_runs(study).items():
+        say(console, f"Passed over: {folder.name}: {reason}.", "yellow")
 
 
 def _show_context(console: Console, found: list[dict[str, Any]]) -> None:
     unigram = sorted({round(float(row["unigram_bpb"]), 4) for row in found if "unigram_bpb" in row})
     if unigram:
         text = " / ".join(f"{value:.4f}" for value in unigram)
-        console.print(f"For comparison, the unigram entropy of the validation text is {text} BPB.", highlight=False)
+        say(console, f"For comparison, the unigram entropy of the validation text is {text} BPB.")
     sized = [row for row in found if "total_bytes" in row and "limit_bytes" in row]
     if sized:
         largest = max(sized, key=lambda row: row["total_bytes"])
         fits = all(row.get("within_budget") for row in sized)
-        verdict = "all within" if fits else "[red]over[/]"
-        console.print(
-            f"Code and artifact together: at most {largest['total_bytes']:,} bytes, {verdict} the limit of "
-            f"{largest['limit_bytes']:,}.",
-            highlight=False,
+        say(
+            console,
+            f"Code and artifact together: at most {largest['total_bytes']:,} bytes, "
+            f"{'all within' if fits else 'over'} the limit of {largest['limit_bytes']:,}.",
+            "" if fits else "red",
         )
 
 
-def show_score(console: Console, values: Mapping[str, str]) -> None:
-    """Print name and value pairs in two columns."""
-    table = Table(show_header=False, box=None)
-    table.add_column(justify="right", style="dim")
-    table.add_column()
-    for name, value in values.items():
-        table.add_row(name, Text(value))
-    console.print(table)
-
-
 class _Lines:
-    """One line every few seconds, and one whenever a run changes its stage."""
+    """One line every few seconds, and one whenever a run begins to do something else."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.last = console, -math.inf
         self.busy: tuple[str, ...] = ()
 
     def __call__(self, progress: Progress) -> None:
-        stages = tuple(" ".join(line.split()[:2]) for line in progress.busy)
+        doing = tuple(re.sub(r" \d+(/\d+|%)", "", line) for line in progress.busy)
         now = time.monotonic()
-        if stages != self.busy or now - self.last >= LINE_SECONDS:
-            self.last, self.busy = now, stages
+        if doing != self.busy or now - self.last >= LINE_SECONDS:
+            self.last, self.busy = now, doing
             busy = "; ".join(progress.busy) or "collecting"
-            line = f"{progress.fraction:4.0%}  {_clock(progress)}  {busy}"
-            self.console.print(Text(line), soft_wrap=True)
+            say(self.console, f"{progress.fraction:4.0%}  {_clock(progress)}  {busy}")
 
 
 def _clock(progress: Progress) -> str:
     return f"{duration(progress.seconds)}, about {duration(progress.seconds_left)} left"
 
 
-def _unfinished(state: str) -> str:
-    return "[yellow]to do[/]" if state in ("done", "missing") else f"[yellow]to do[/] ({MARKS[state]})"
+def _unfinished(state: str) -> Text:
+    made = Text("to do", "yellow")
+    return made if state in ("done", "missing") else Text.assemble(made, " (", MARKS[state], ")")
 
 
-def _mean_text(values: list[float]) -> str:
-    return f"{sum(values) / len(values):,.0f}" if values else "–"
+def _number_text(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"

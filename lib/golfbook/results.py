@@ -127,10 +127,8 @@ def collect(study: str) -> pd.DataFrame:
 
     found = rows(study)
     if not found:
-        raise RunError(
-            f"study '{study}' has no run to collect ({len(skipped_runs(study))} run folders of an older version were "
-            "passed over)"
-        )
+        passed = "; ".join(f"{folder.name} was passed over: {reason}" for folder, reason in skipped_runs(study).items())
+        raise RunError(f"study '{study}' has no run to collect" + (f" ({passed})" if passed else ""))
     keys = ("variant", "seed", "run", "config_hash")
     identities = {row["run"]: {key: row[key] for key in keys} for row in found}
     points = [
@@ -247,9 +245,7 @@ def note_variants(plan: Plan) -> None:
 
     Several job files may share a study: a variant is former only when no job file has it any more.
     """
-    source = str(plan.source)
-    if plan.source.is_relative_to(project_root()):
-        source = str(plan.source.relative_to(project_root()))
+    source = _source(plan)
     mine = sorted({_label(run.variant, variant_hash(run.config)) for run in plan.runs})
 
     def change(record: dict[str, Any]) -> dict[str, Any]:
@@ -258,6 +254,17 @@ def note_variants(plan: Plan) -> None:
         return {**record, "jobs": jobs, "former": sorted(before.difference(*jobs.values()))}
 
     update_record(plan.study, change)
+
+
+def note_seconds(plan: Plan, seconds: float) -> None:
+    """Note how long a call of a job took that had something to do."""
+    source = _source(plan)
+    update_record(plan.study, lambda record: {**record, "seconds": {**record.get("seconds", {}), source: seconds}})
+
+
+def _source(plan: Plan) -> str:
+    inside = plan.source.is_relative_to(project_root())
+    return str(plan.source.relative_to(project_root()) if inside else plan.source)
 
 
 def _label(variant: str, configuration: str) -> str:

@@ -1,9 +1,10 @@
 """The run folder: what one (variant, seed) leaves on disk, and how to tell whether a stage of it is done.
 
 ``runs/<study>/<variant>-s<seed>-<hash>/`` holds ``config.json`` (resolved), ``env.json`` (versions, hardware, commit),
-``log.txt``, ``metrics.jsonl`` (append-only curves), ``checkpoint.safetensors``, ``artifact.golf``, ``notebooks/`` (as
-executed) and one ``result.<stage>.json`` a stage, written last. A stage is done if its result says ``ok`` and the files
-it read and wrote still have the hashes noted there; an executed notebook proves nothing.
+``log.txt``, ``metrics.jsonl`` (append-only curves), ``activity.jsonl`` (what was done when),
+``checkpoint.safetensors``, ``artifact.golf``, ``notebooks/`` (as executed) and one ``result.<stage>.json`` a stage,
+written last. A stage is done if its result says ``ok`` and the files it read and wrote still have the hashes noted
+there; an executed notebook proves nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, Literal
 import psutil
 from filelock import FileLock, Timeout
 
-from golfbook import __version__
+from golfbook import __version__, activity
 from golfbook.config import Config, load_config, validate
 from golfbook.errors import GolfbookError, RunError
 from golfbook.files import atomic_write_json, project_root, runs_root, sha256_bytes, sha256_file
@@ -222,10 +223,20 @@ def run_folder(study: str, variant: str, config: Config) -> Path:
 
 
 def create_run(study: str, variant: str, config: Config) -> Run:
-    """Open the run folder of a config, making it where needed. Raises RunError where the disk refuses."""
+    """Open the run folder of a config, making it where needed.
+
+    Raises RunError where the disk refuses, and where the folder of that name holds another configuration.
+    """
     run = Run(run_folder(study, variant, config), config)
     path = run.path / "config.json"
-    if not path.is_file():
+    if path.is_file():
+        held = open_run(run.path).config
+        if held.hash != config.hash:
+            raise RunError(
+                f"{path} is that of another run (seed {held.seed}, {held.hash}): the folder was copied or renamed; "
+                "give it its own name back, or delete it"
+            )
+    else:
         atomic_write_json(run.path / "env.json", environment())
         atomic_write_json(path, config.model_dump(mode="json"))
     return run
@@ -252,28 +263,47 @@ def notebook_run(
 ) -> Run:
     """The run a stage notebook works on: ``run_dir`` where a job gives one, else the folder of its parameters."""
     if run_dir:
-        return open_run(run_dir)
-    return create_run(study, variant, load_config(preset, scale=scale, seed=seed, overrides=overrides))
+        run = open_run(run_dir)
+    else:
+        run = create_run(study, variant, load_config(preset, scale=scale, seed=seed, overrides=overrides))
+    activity.record_in(run.path)
+    return run
 
 
 def list_runs(study: str) -> list[Run]:
-    """All runs of a study, by folder name; :func:`skipped_runs` names the folders that cannot be read."""
-    return [run for _, run in _folders(study) if run is not None]
+    """All runs of a study, by folder name, each configuration once; :func:`skipped_runs` names what is passed over."""
+    return [found for found in _folders(study).values() if isinstance(found, Run)]
 
 
-def skipped_runs(study: str) -> list[Path]:
-    """Folders of a study whose config.json does not fit the settings of this version of the library."""
-    return [folder for folder, run in _folders(study) if run is None]
+def skipped_runs(study: str) -> dict[Path, str]:
+    """Folders of a study that are no runs of it, each with the reason: what is of an older version, and copies."""
+    return {folder: found for folder, found in _folders(study).items() if isinstance(found, str)}
 
 
-def _folders(study: str) -> list[tuple[Path, Run | None]]:
-    found: list[tuple[Path, Run | None]] = []
-    for folder in sorted((runs_root() / study).glob("*-s*-*")):
-        try:
-            found.append((folder, open_run(folder)))
-        except GolfbookError:
-            found.append((folder, None))
-    return found
+def _folders(study: str) -> dict[Path, Run | str]:
+    """Every run folder of a study, with the run or the reason why it does not count."""
+    root = runs_root() / study
+    folders = {path for path in root.glob("*-s*-*") if path.is_dir()}
+    folders |= {path.parent for path in root.glob("*/config.json")}
+    return {folder: _identify(folder) for folder in sorted(folders)}
+
+
+def _identify(folder: Path) -> Run | str:
+    """The run in a folder, or why it is none: its name must be that of its config, and its results its own."""
+    try:
+        run = open_run(folder)
+    except GolfbookError:
+        return "its config.json is missing, damaged or of an older version"
+    ending = f"-s{run.config.seed}-{run.config.hash}"
+    results = (run.read_result(stage) or {} for stage in STAGES)
+    made_as = {f"{result['variant']}{ending}" for result in results if "variant" in result}
+    if folder.name.endswith(ending) and folder.name == run.path.name:
+        copied = sorted(name for name in made_as - {folder.name} if (folder.parent / name).is_dir())
+        return f"a copy of {copied[0]}" if copied else run
+    originals = sorted(path.name for path in folder.parent.glob(f"*{ending}") if path != folder)
+    if originals:
+        return f"a copy of {originals[0]}"
+    return f"its name does not end in {ending}, as its config.json asks: renamed, or of an older version"
 
 
 def provenance() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from golfbook import artifact, choices, corpus, devices, launcher, quantization, scoring
+from golfbook import activity, artifact, choices, corpus, devices, launcher, quantization, scoring
 from golfbook.checkpoints import load_model
 from golfbook.errors import ArtifactError, GolfbookError, RunError
 from golfbook.files import atomic_write_bytes, sha256_file
@@ -18,6 +18,7 @@ from golfbook.model import GPT, exported, exported_state
 from golfbook.runs import STAGES, Run
 
 
+@activity.step("starting the trainer")
 def run_training(run: Run, on_update: launcher.Update | None = None) -> dict[str, Any]:
     """Train in a subprocess, following its metrics; see :func:`golfbook.launcher.follow`."""
 
@@ -147,7 +148,8 @@ def _stage(run: Run, stage: str, work: Callable[[corpus.Dataset], None]) -> dict
         if not run.is_done(stage):
             ensure(run, STAGES[STAGES.index(stage) - 1])
             try:
-                work(data)
+                with activity.step("quantising" if stage == "quantization" else "scoring"):
+                    work(data)
             except GolfbookError as error:
                 run.write_failure(stage, str(error))
                 raise
@@ -165,8 +167,9 @@ def _score(run: Run, model: GPT, data: corpus.Dataset, stride: int) -> dict[str,
     config = run.config
     device = devices.choose_device(config)
     choices.set_up(config.train.threads, device, run)
-    nll = scoring.score(
-        model.to(device), data.val_tokens, window=config.window, stride=stride,
-        batch_windows=config.score.batch_windows, device=device,
-    )  # fmt: skip
+    with activity.step("scoring") as progress:
+        nll = scoring.score(
+            model.to(device), data.val_tokens, window=config.window, stride=stride,
+            batch_windows=config.score.batch_windows, device=device, progress=progress,
+        )  # fmt: skip
     return scoring.summarize(nll, data.val_bytes)

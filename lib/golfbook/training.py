@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from golfbook import choices, corpus, costs, devices, scoring
+from golfbook import activity, choices, corpus, costs, devices, scoring
 from golfbook.averaging import WeightAverage
 from golfbook.checkpoints import load_checkpoint, save_checkpoint
 from golfbook.diagnostics import first_nonfinite
@@ -55,6 +55,7 @@ class Trainer:
         self.step, self.train_seconds, self.last_loss, self.scale = 0, 0.0, math.nan, 1.0
         self.saved, self.stop_requested = 0, False
         self.logged = 0, 0.0  # step and training seconds of the last point
+        activity.doing("compiling" if self.take_step.compiled else "warming up")
         self.take_step.warm_up(train.batch_tokens // train.sequence_length // world)
         for note in (*self.take_step.notes, "measured on this machine:", *choices.describe(self.chosen)):
             self.print(note)
@@ -106,6 +107,7 @@ class Trainer:
     def train(self) -> None:
         """Run the remaining steps, validating, logging and saving on the way."""
         train = self.config.train
+        activity.doing("training")
         started, at_start = time.perf_counter(), self.step
         while self.step < train.steps and not self.out_of_time():
             if train.validate_every and self.step % train.validate_every == 0:
@@ -225,9 +227,11 @@ class Trainer:
             return {}
         score, window = self.config.score, self.config.window
         data = self.dataset
-        nll = scoring.score(
-            model, data.val_tokens, window=window, stride=window, batch_windows=score.batch_windows, device=self.device
-        )
+        with activity.step("validating") as progress:
+            nll = scoring.score(
+                model, data.val_tokens, window=window, stride=window, batch_windows=score.batch_windows,
+                device=self.device, progress=progress,
+            )  # fmt: skip
         summary = scoring.summarize(nll, data.val_bytes)
         values = {"val_loss": summary["val_loss"], "val_bpb": summary["val_bpb"]}
         self.run.append_metrics({"kind": "validation", "step": self.step, "seconds": self.train_seconds, **values})
@@ -307,6 +311,8 @@ def main(arguments: list[str]) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         exit_with_parent()
     run = open_run(arguments[0])
+    if rank == 0:
+        activity.record_in(run.path, "starting the trainer")
     try:
         if world != run.config.train.processes:
             raise RunError(f"train.processes is {run.config.train.processes}, but {world} processes were started")
