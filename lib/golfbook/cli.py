@@ -6,7 +6,6 @@ Commands import what they need when they are called, so that ``golfbook --help``
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -77,24 +76,23 @@ def run(
     """Run a job: every variant with every seed, then the tables and the figures.
 
     Everything is checked before anything runs. What is finished is skipped, what failed is tried again, what was
-    stopped or killed goes on, so the same command is the way to start, to repeat and to resume. Ctrl-C stops in order.
+    stopped or killed goes on, so the same command is the way to start, to repeat and to resume. Ctrl-C stops in order,
+    a second one at once.
 
     Ends with status 0, 1 when a run or figure failed, 2 when the job or its settings are wrong, 130 after Ctrl-C.
     """
     from golfbook import jobs, reports
+    from golfbook.interrupts import Interrupts
 
     console = Console()
     plan = jobs.plan(job, workers=workers)
     reports.show_plan(console, plan)
     if dry_run:
         return
-    previous = signal.signal(signal.SIGTERM, _interrupt)  # a job scheduler's word for Ctrl-C
-    try:
+    with Interrupts() as interrupts:  # also while the last words are printed
         with reports.follow(console) as follow:
-            report = jobs.run(plan, follow, redraw=redraw)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    reports.show_report(console, report)
+            report = jobs.run(plan, follow, redraw=redraw, interrupts=interrupts)
+        reports.show_report(console, report)
     if report.interrupted:
         raise typer.Exit(INTERRUPTED)
     if report.failures:
@@ -309,10 +307,6 @@ def _score(
         "artifact": f"{artifact.bytes:,} bytes; with {report['code_bytes']:,} bytes of code {report['total_bytes']:,}, "
         f"{'within' if report['within_budget'] else 'OVER'} the limit of {report['limit_bytes']:,}",
     }
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

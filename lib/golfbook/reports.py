@@ -110,6 +110,8 @@ def show_report(console: Console, report: Report) -> None:
             console.print(Text(f"    log: {figure.log}"), soft_wrap=True)
         elif figure.state == "skipped":
             console.print(f"Figure {figure.name} was not drawn: {figure.message}.")
+    for note in report.notes:
+        console.print(Text(note, style="yellow"), soft_wrap=True)
     places = [
         ("study", plan.folder),
         ("tables", plan.folder / "results.parquet"),
