@@ -227,7 +227,7 @@ def test_full_disk_while_a_notebook_runs(project: Project, monkeypatch: pytest.M
     run = create_run("small", "xsa", load_config("quickstart", seed=1))
     monkeypatch.setattr(papermill_io, "write", full)
     with pytest.raises(RunError, match=r"cannot write .*03_training\.partial\.ipynb: No space left on device"):
-        execute_stage(run.path, "training")
+        execute_stage(run.path, "training", {}, project.root)
     assert run.state("training") == "failed"
 
 

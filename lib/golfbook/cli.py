@@ -6,7 +6,6 @@ Commands import what they need when they are called, so that ``golfbook --help``
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -85,11 +84,13 @@ def run(
     """Run a job: every variant with every seed, then the tables and the figures.
 
     Everything is checked before anything runs. What is finished is skipped, what failed is tried again, what was
-    stopped or killed goes on, so the same command is the way to start, to repeat and to resume. Ctrl-C stops in order.
+    stopped or killed goes on, so the same command is the way to start, to repeat and to resume. Ctrl-C stops in order,
+    a second one at once.
 
     Ends with status 0, 1 when a run or figure failed, 2 when the job or its settings are wrong, 130 after Ctrl-C.
     """
     from golfbook import jobs, reports, summaries
+    from golfbook.interrupts import Interrupts
 
     console = make_console(stderr=as_json)
     plan = jobs.plan(job, workers=workers)
@@ -99,16 +100,13 @@ def run(
     reports.show_plan(console, plan)
     if dry_run:
         return
-    previous = signal.signal(signal.SIGTERM, _interrupt)  # a job scheduler's word for Ctrl-C
-    try:
+    with Interrupts() as interrupts:  # also while the last words are printed
         with reports.follow(console) as follow:
-            report = jobs.run(plan, follow, redraw=redraw)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    if as_json:
-        write_json(summaries.report_data(report))
-    else:
-        reports.show_report(console, report)
+            report = jobs.run(plan, follow, redraw=redraw, interrupts=interrupts)
+        if as_json:
+            write_json(summaries.report_data(report))
+        else:
+            reports.show_report(console, report)
     if report.interrupted:
         raise typer.Exit(INTERRUPTED)
     if report.failures:
@@ -379,10 +377,6 @@ def _score_text(found: dict[str, Any]) -> dict[str, str]:
         f"{found['total_bytes']:,}, {'within' if found['within_budget'] else 'OVER'} the limit of "
         f"{found['limit_bytes']:,}",
     }
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ the result file the library wrote. The working folder of a notebook is ``noteboo
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -14,11 +16,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
+from filelock import FileLock, Timeout
 
 from golfbook import activity, errors
 from golfbook.errors import GolfbookError, RunError
@@ -33,13 +36,16 @@ from golfbook.files import (
 from golfbook.plan import executed_notebook, notebook_path, stage_finished
 from golfbook.results import digest, rows
 from golfbook.runs import STAGE_NOTEBOOKS, Run, environment, exit_with_parent, open_run
+from golfbook.writes import noted
 
 TRACEBACK_LINES = 12
 SOCKET_PATH = 90  # characters; operating systems allow little more than 100
+START_SECONDS = 3600  # a cold network file system needs minutes for its imports; a kernel that dies is seen at once
+PRIVATE = "golfbook-"  # how the folders of sockets under the temporary folder begin
 
 
-def execute_stage(run_dir: str | Path, stage: str, overrides: Mapping[str, Any] | None = None) -> None:
-    """Execute the notebook of a stage for one run folder, unless the stage is finished.
+def execute_stage(run_dir: str | Path, stage: str, overrides: Mapping[str, Any], private: Path) -> None:
+    """Execute the notebook of a stage for one run folder, unless the stage is finished; ``private`` as in execute.
 
     A lock of the run folder lets one process at a time do this; a second one waits and then finds the work done.
     Raises :class:`RunError` when the notebook failed or left no result; the failure is then noted in the run folder.
@@ -57,12 +63,12 @@ def execute_stage(run_dir: str | Path, stage: str, overrides: Mapping[str, Any] 
             "seed": run.config.seed,
             "study": run.study,
             "variant": run.variant,
-            "overrides": dict(overrides or {}),
+            "overrides": dict(overrides),
             "run_dir": str(run.path),
         }
         target = executed_notebook(run, stage)
         try:
-            partial = execute(notebook_path(STAGE_NOTEBOOKS[stage]), target, parameters)
+            partial = execute(notebook_path(STAGE_NOTEBOOKS[stage]), target, parameters, private)
             if not run.is_done(stage):
                 result = run.read_result(stage) or {}
                 raise RunError(
@@ -83,22 +89,22 @@ def note_failure(run: Run, stage: str, before: Mapping[str, Any] | None, message
         run.write_failure(stage, message)
 
 
-def execute_figure(study: str, name: str) -> None:
+def execute_figure(study: str, name: str, private: Path) -> None:
     """Execute a plotting notebook for a study and note what it was made from in ``figures.<name>.json``."""
     folder = runs_root() / study
     source, target = notebook_path(name), folder / "notebooks" / f"{name}.ipynb"
     found, notebook, code = digest(rows(study)), sha256_file(source), environment()["code_sha256"]
-    before = _pictures()
+    written = private / "written.txt"
+    watch = f"__import__('golfbook.writes').writes.note_writes({str(figures_root())!r}, {str(written)!r})"
     with activity.notebook(folder, f"figure {name}", activity.FIGURE):
-        execute(source, target, {"study": study}).replace(target)
-    changed = [path for path, modified in _pictures().items() if before.get(path) != modified]
+        execute(source, target, {"study": study}, private, watch).replace(target)
     atomic_write_json(
         figure_record(study, name),
         {
             "results_sha256": found,
             "notebook_sha256": notebook,
             "code_sha256": code,
-            "outputs": [str(path.relative_to(figures_root())) for path in changed],
+            "outputs": [str(path.relative_to(figures_root())) for path in noted(written)],
         },
     )
 
@@ -108,68 +114,130 @@ def figure_record(study: str, name: str) -> Path:
     return runs_root() / study / f"figures.{name}.json"
 
 
-def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> Path:
+def read_figure_record(study: str, name: str) -> dict[str, Any]:
+    """Content of :func:`figure_record`; empty where there is none or it is unreadable."""
+    try:
+        value = json.loads(figure_record(study, name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def execute(source: Path, target: Path, parameters: Mapping[str, Any], private: Path, first_line: str = "") -> Path:
     """Execute ``source`` with ``parameters`` into ``<target>.partial.ipynb`` and return that path.
 
     The caller renames it once it knows that the work is done; after a failure it stays where it is. What the notebook
-    prints goes to standard output. Raises :class:`RunError` with the cell and the end of the traceback.
+    prints goes to standard output. ``private`` is a folder for the sockets of this one kernel, which executes
+    ``first_line`` before all cells. Raises :class:`RunError` with the cell and the end of the traceback.
     """
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config as TraitConfig
 
+    from golfbook.interpreter import Interpreter
+
     partial = target.with_suffix(".partial.ipynb")
-    runtime = Path(tempfile.mkdtemp(prefix="golfbook-"))
-    os.environ["JUPYTER_RUNTIME_DIR"] = str(runtime)
+    os.environ["JUPYTER_RUNTIME_DIR"] = str(private)
     # Sockets in a private folder: kernels that start at the same moment can take each other's TCP port (a port is
     # chosen, closed, and opened again by the kernel) and then talk to the wrong client.
-    sockets = {"transport": "ipc", "ip": str(runtime / "kernel")}
+    sockets = {"transport": "ipc", "ip": str(private / "kernel")}
     if os.name != "posix" or len(sockets["ip"]) > SOCKET_PATH:
         sockets = {}
+    noise, status = private / "kernel.txt", private / "status.txt"
+    process = {"errors": str(noise), "status": str(status), "first_line": first_line}
+    process["connection_file"] = str(private / "connection.json")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
-            source,
-            partial,
+            _literal(source),
+            _literal(partial),
             parameters=dict(parameters),
             kernel_name="python3",  # whatever name the author's machine gave its kernel
             language="python",
+            kernel_manager_class=Interpreter,
+            start_timeout=START_SECONDS,
             progress_bar=False,
             stdout_file=sys.stdout,
             stderr_file=sys.stdout,
             request_save_on_cell_execute=True,
             cwd=project_root() / "notebooks",
-            config=TraitConfig({"KernelManager": sockets}),
+            config=TraitConfig({"Interpreter": {**sockets, **process}}),
         )
     except PapermillExecutionError as error:
         raise RunError(_explain(error, partial)) from None
     except DeadKernelError:
         raise RunError(
             f"the kernel of {source.name} was killed{_last_cell(partial)}, perhaps for lack of memory; "
-            f"the notebook up to there is {partial}"
+            f"the notebook up to there is {partial}{log_tail(noise)}"
         ) from None
     except CellTimeoutError as error:
         raise RunError(f"{source.name} took too long: {str(error).splitlines()[0]}; see {partial}") from None
     except RuntimeError as error:  # nbclient's and jupyter_client's word for a kernel that never answered
-        raise RunError(f"{source.name}: no kernel could be started ({error}); is ipykernel installed?") from error
+        cause = describe_exit(int(status.read_text(encoding="utf-8"))) if status.exists() else str(error)
+        raise RunError(
+            f"{source.name}: no kernel could be started by {sys.executable}: {cause}{log_tail(noise)}"
+        ) from error
     except OSError as error:
         raise RunError(
             f"cannot write {partial}: {error.strerror or error}; check free space and permissions of {partial.parent}"
         ) from error
     finally:
-        shutil.rmtree(runtime, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            print(noise.read_text(encoding="utf-8", errors="replace"), end="", flush=True)
     return partial
 
 
+def _literal(path: Path) -> str:
+    """A path that papermill, which takes paths for templates, leaves as it is."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+@contextlib.contextmanager
+def private_folder() -> Iterator[Path]:
+    """Yield a new folder under the temporary folder that nobody else can read, and remove it at the end.
+
+    Those that killed processes have left are removed first. A lock beside each says whether its process lives, which
+    a process id does not say where several machines or containers share a temporary folder. Raises :class:`RunError`
+    where the disk refuses.
+    """
+    base = Path(tempfile.gettempdir())
+    for left in base.glob(f"{PRIVATE}*.lock"):
+        with contextlib.suppress(OSError, Timeout), FileLock(left, timeout=0):
+            shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+            left.unlink()
+    try:
+        handle, name = tempfile.mkstemp(prefix=PRIVATE, suffix=".lock", dir=base)
+        os.close(handle)
+        lock, folder = Path(name), Path(name).with_suffix("")
+        held = FileLock(lock)
+        held.acquire()
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise RunError(f"cannot write to {base}: {error.strerror or error}; check space, or set TMPDIR") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Windows removes no open file; the next call does
+            lock.unlink()
+        held.release()
+
+
+def end_kernels(private: Path) -> None:
+    """Kill the kernels whose sockets are in this folder: of a process that was killed before it could do so."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(word.startswith(f"{private}{os.sep}") for word in process.info["cmdline"] or []):
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(process.pid).kill()
+
+
 def child_main(arguments: list[str]) -> NoReturn:
-    """Entry of the subprocess: ``stage PARENT ERRORS RUN_DIR STAGE OVERRIDES`` or ``figure PARENT ERRORS STUDY NAME``.
+    """Entry of the subprocess: ``KIND PARENT ERRORS PRIVATE``, then ``RUN_DIR STAGE OVERRIDES`` or ``STUDY NAME``.
 
     Ends with status 0, or 1 after writing the cause to the file ERRORS, or 3 where the process PARENT has died.
     """
-    import json
-
-    kind, parent, report, *rest = arguments
+    kind, parent, report, private, *rest = arguments
     signal.signal(signal.SIGTERM, _stop)
     if os.getppid() != int(parent):
         os._exit(3)
@@ -177,9 +245,9 @@ def child_main(arguments: list[str]) -> NoReturn:
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {kind} {' '.join(rest[:2])}", flush=True)
     try:
         if kind == "stage":
-            execute_stage(rest[0], rest[1], json.loads(rest[2]))
+            execute_stage(rest[0], rest[1], json.loads(rest[2]), Path(private))
         else:
-            execute_figure(rest[0], rest[1])
+            execute_figure(rest[0], rest[1], Path(private))
     except Exception as error:
         message = str(error) if isinstance(error, GolfbookError) else f"{type(error).__name__}: {error}"
         if not isinstance(error, GolfbookError):
@@ -218,10 +286,6 @@ def _last_cell(partial: Path) -> str:
     index, cell = started[-1]
     lines = cell.source.strip().splitlines()
     return f" in cell {index} ('{lines[0][:60]}')" if lines else f" in cell {index}"
-
-
-def _pictures() -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in sorted(figures_root().rglob("*")) if path.is_file()}
 
 
 def _kill_kernel() -> None:

@@ -7,6 +7,7 @@ flushed to the disk and renamed, so that a killed process or a full disk leaves 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -60,7 +61,7 @@ def folders() -> dict[str, str]:
 
 def remove_partial(target: Path) -> None:
     """Delete what killed processes left of earlier writes of ``target``; call it only while nobody else writes it."""
-    for left in target.parent.glob(f".{target.name}.*.tmp"):
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         left.unlink(missing_ok=True)
 
 

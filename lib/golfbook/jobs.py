@@ -1,9 +1,11 @@
 """Runs a plan: a bounded pool of subprocesses, one a stage, each of which executes one notebook by papermill.
 
 A thread a worker takes the runs in order and starts their stages one after the other. What is finished is skipped, what
-failed is tried again by the next call, what was killed resumes; a failed run does not stop the others. When this
-process dies its stage processes and kernels end within a second or two; a trainer, which is detached, may go on and is
-taken up again by the next call.
+failed is tried again by the next call, what was killed resumes; a failed run does not stop the others.
+
+The thread that works on a run owns its trainer, which is detached: where a stage does not succeed, or the job is to
+stop, it ends the trainer before anything else. When this process dies its stage processes and kernels end within a
+second or two; trainers may go on, and the next call takes them up again first, so that they count as runs in hand.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -27,22 +30,26 @@ from golfbook.estimates import uses_gpu
 from golfbook.execution import (
     child_main,
     describe_exit,
+    end_kernels,
     error_path,
-    figure_record,
     log_tail,
     note_failure,
+    private_folder,
+    read_figure_record,
     stage_log,
 )
 from golfbook.files import figures_root, folders, project_root, sha256_file
+from golfbook.interrupts import Interrupts
 from golfbook.machine import visible_gpus
 from golfbook.plan import Plan, PlannedRun, notebook_path, plan
 from golfbook.results import collect, digest, is_collected, note_seconds, note_variants, rows
-from golfbook.runs import create_run, environment
+from golfbook.runs import Run, create_run, environment, list_runs
 
 __all__ = ["Figure", "Progress", "Report", "RunStatus", "collect", "plan", "run"]
 
 POLL_SECONDS = 0.2
 FIGURE_SECONDS = 15.0
+NOTEBOOK_SECONDS = 10.0  # for a notebook process that was asked to end
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 
 
@@ -90,6 +97,7 @@ class Report:
     figures: list[Figure]
     seconds: float = 0.0
     interrupted: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def nothing_done(self) -> bool:
@@ -105,21 +113,33 @@ class Report:
         return failed + [figure for figure in self.figures if figure.state == "failed"]
 
 
-def run(plan: Plan, on_progress: Callable[[Progress], None] | None = None, *, redraw: bool = False) -> Report:
+def run(
+    plan: Plan,
+    on_progress: Callable[[Progress], None] | None = None,
+    *,
+    redraw: bool = False,
+    interrupts: Interrupts | None = None,
+) -> Report:
     """Do what a plan asks for and is not done yet; then collect the results and execute the plotting notebooks.
 
     ``redraw`` leaves the runs as they are and executes every plotting notebook, also those whose pictures are current.
-    ``on_progress`` is called several times a second. Ctrl-C stops what is running, keeps all files and returns a report
-    that says so. Raises :class:`RunError` where the runs folder cannot be written; failures of runs are in the report.
+    ``on_progress`` is called several times a second. The first of ``interrupts`` (default: one's own) stops what is
+    running: trainers save a checkpoint, all files are kept, and the report says so; a second one kills the trainers.
+    Raises :class:`RunError` where the runs folder cannot be written; failures of runs are in the report.
     """
-    job = _Job(plan, on_progress or (lambda progress: None))
-    try:
-        if not redraw:
-            job.execute_runs()
-        job.execute_figures(redraw)
-    except KeyboardInterrupt:
-        job.stop()
-    report = job.report()
+    with contextlib.ExitStack() as stack:
+        if interrupts is None:
+            interrupts = stack.enter_context(Interrupts())
+        job = _Job(plan, on_progress or (lambda progress: None), interrupts)
+        job.private = stack.enter_context(private_folder())
+        try:
+            if not redraw:
+                job.execute_runs()
+            if not interrupts.count:
+                job.execute_figures(redraw)
+        finally:  # also where the progress cannot be shown any more
+            job.stop()
+        report = job.report()
     if not report.nothing_done:
         note_seconds(plan, report.seconds)
     return report
@@ -128,12 +148,16 @@ def run(plan: Plan, on_progress: Callable[[Progress], None] | None = None, *, re
 class _Job:
     """The state of one call of :func:`run`: workers, their subprocesses, and the clock."""
 
-    def __init__(self, plan: Plan, on_progress: Callable[[Progress], None]) -> None:
+    private: Path  # folder for the sockets of kernels
+
+    def __init__(self, plan: Plan, on_progress: Callable[[Progress], None], interrupts: Interrupts) -> None:
         self.plan = plan
         self.on_progress = on_progress
+        self.interrupts = interrupts
         self.started = time.monotonic()
-        self.stopping = threading.Event()
-        self.interrupted = False
+        self.stopping = False
+        self.notes: list[str] = []
+        self.threads: list[threading.Thread] = []
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.guard = threading.Lock()
         note_variants(plan)  # first: a run folder whose variant was never noted would look like one made by hand
@@ -154,20 +178,38 @@ class _Job:
         self.planned_seconds = plan.remaining_seconds() + FIGURE_SECONDS * len(plan.figures)
 
     def execute_runs(self) -> None:
-        """Work through all runs; returns when every one has ended."""
+        """Work through all runs; returns when every one has ended, or when the job is to stop."""
         waiting: queue.SimpleQueue[RunStatus] = queue.SimpleQueue()
-        for status in self.statuses:
-            if status.state != "done":
-                waiting.put(status)
-        count = min(self.plan.workers, waiting.qsize())
-        threads = [threading.Thread(target=self._work, args=(waiting,), daemon=True) for _ in range(count)]
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
+        for status in self._take_up([status for status in self.statuses if status.state != "done"]):
+            waiting.put(status)
+        for _ in range(min(self.plan.workers, waiting.qsize())):
+            self._start(self._work, waiting)
+        while any(thread.is_alive() for thread in self.threads) and not self.interrupts.count:
             self._tell()
             time.sleep(POLL_SECONDS)
-        if count:
+        if self.threads:
             self._tell()
+
+    def _take_up(self, waiting: list[RunStatus]) -> list[RunStatus]:
+        """The runs in the order to work on them: first those whose trainer an earlier call has left running.
+
+        Trainers that are too many for the workers, and those of runs that are no longer part of the job, are stopped.
+        """
+        folder = self.plan.folder.resolve()
+        alive = {path for path in launcher.trainers() if path.parent == folder}
+        planned = {status.planned.path.resolve(): status.planned.run for status in self.statuses}
+        waiting = sorted(waiting, key=lambda status: status.planned.path.resolve() not in alive)
+        late = [status.planned.run for status in waiting[self.plan.workers :]]
+        unwanted = [run for run in late if run.path.resolve() in alive]
+        foreign = [run for run in list_runs(self.plan.study) if run.path.resolve() in alive - planned.keys()]
+        for run in foreign:
+            if launcher.is_of_a_job(run) and not run.is_locked("job"):
+                unwanted.append(run)
+                self.notes.append(f"The trainer of {run.name}, which is no longer part of this job, was stopped.")
+            else:
+                self.notes.append(f"{run.name} is being trained, and not by this job.")
+        self._end_trainers(*unwanted)
+        return waiting
 
     def execute_figures(self, redraw: bool) -> None:
         """Collect the results, then execute those plotting notebooks whose pictures do not show them yet, or all."""
@@ -177,7 +219,9 @@ class _Job:
             collect(study)
         finished = any(status.state == "done" for status in self.statuses)
         for figure in self.figures:
-            record = _read_record(figure_record(study, figure.name))
+            if self.interrupts.count:
+                return
+            record = read_figure_record(study, figure.name)
             figure.outputs = [figures_root() / name for name in record.get("outputs", [])]
             if not finished:
                 figure.state, figure.message = "skipped", "no run has finished"
@@ -187,32 +231,38 @@ class _Job:
                 self._execute_figure(figure)
 
     def stop(self) -> None:
-        """Stop all subprocesses and trainers; whatever they have written stays."""
-        self.interrupted = True
-        self.stopping.set()
-        busy = [status for status in self.statuses if status.state == "running"]
+        """End all that is still in hand, in order; whatever it has written stays."""
         with self.guard:
-            processes = list(self.processes.values())
-        for process in processes:
+            self.stopping = True  # from here on nothing is started
+        asked = time.monotonic()
+        for process in list(self.processes.values()):
             process.terminate()
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            process.kill()
-        for status in busy:
-            status.state, status.message = "stopped", ""
-        for status in busy:
-            if status.stage == "training":
-                launcher.stop(status.planned.run)  # it saves a checkpoint first
+        while any(thread.is_alive() for thread in self.threads):
+            if self._hurry() or time.monotonic() > asked + NOTEBOOK_SECONDS:
+                for process in list(self.processes.values()):
+                    process.kill()
+            with contextlib.suppress(Exception):  # where nobody sees it any more, the rest must end all the same
+                self._tell()
+            time.sleep(POLL_SECONDS)
+
+    def _hurry(self) -> bool:
+        """Whether somebody does not want to wait for a stop in order."""
+        return self.interrupts.count > 1
 
     def report(self) -> Report:
         """How it all ended."""
         seconds = time.monotonic() - self.started
-        return Report(self.plan, self.statuses, self.figures, seconds, self.interrupted)
+        return Report(self.plan, self.statuses, self.figures, seconds, self.interrupts.count > 0, self.notes)
+
+    def _start(self, work: Callable[..., None], *arguments: Any) -> threading.Thread:
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+        return thread
 
     def _work(self, waiting: queue.SimpleQueue[RunStatus]) -> None:
         gpus = self.slots.get()
-        while not self.stopping.is_set():
+        while not self.stopping:
             try:
                 status = waiting.get_nowait()
             except queue.Empty:
@@ -221,22 +271,24 @@ class _Job:
                 self._execute_run(status, gpus)
             except Exception as error:  # a thread's exception would vanish, and with it the run
                 status.state, status.message = "failed", f"{type(error).__name__}: {error}"
+            if status.state != "done":
+                alive = launcher.is_running(status.planned.run)
+                self._end_trainers(status.planned.run)
+                if alive and status.state == "failed":
+                    status.message += "\nIts trainer was stopped; the next call goes on from its last checkpoint."
 
     def _execute_run(self, status: RunStatus, gpus: list[str]) -> None:
         planned = status.planned
         for stage in self.plan.stages:
             if stage in status.finished:
                 continue
-            if self.stopping.is_set():
-                status.state = "stopped"
-                return
             status.state, status.stage, status.since = "running", stage, time.time()
             status.log = stage_log(planned.run, stage)
             before = planned.run.read_result(stage)
             overrides = json.dumps(dict(planned.overrides))
             code = self._spawn(status.log, planned, gpus, "stage", str(planned.path), stage, overrides)
             status.executed.append(stage)
-            if self.stopping.is_set():
+            if self.stopping:
                 status.state = "stopped"
                 return
             if code != 0 or not planned.finished(stage):
@@ -246,19 +298,25 @@ class _Job:
             status.finished.add(stage)
         status.state = "done"
 
+    def _end_trainers(self, *runs: Run) -> None:
+        """End the trainers of these runs, but for those that another job works on, and say which cannot be ended."""
+        mine = [run for run in runs if not run.is_locked("job")]
+        for pid in launcher.stop(*mine, hurry=self._hurry):
+            self.notes.append(f"Process {pid} cannot be killed; it still trains a run of this study.")
+
     def _execute_figure(self, figure: Figure) -> None:
         figure.state = "running"
         figure.log = self.plan.folder / "notebooks" / f"{figure.name}.log"
         done: list[int] = []
         log, first = figure.log, self.plan.runs[0]
-        worker = threading.Thread(
-            target=lambda: done.append(self._spawn(log, first, [], "figure", self.plan.study, figure.name)), daemon=True
-        )
-        worker.start()
-        while worker.is_alive():
+        worker = self._start(lambda: done.append(self._spawn(log, first, [], "figure", self.plan.study, figure.name)))
+        while worker.is_alive() and not self.interrupts.count:
             self._tell()
             worker.join(POLL_SECONDS)
-        record = _read_record(figure_record(self.plan.study, figure.name))
+        if self.interrupts.count:
+            figure.state = "waiting"
+            return
+        record = read_figure_record(self.plan.study, figure.name)
         figure.outputs = [figures_root() / name for name in record.get("outputs", [])]
         if done == [0]:
             figure.state = "done"
@@ -269,12 +327,13 @@ class _Job:
     def _spawn(self, log: Path, planned: PlannedRun, gpus: list[str], kind: str, *arguments: str) -> int:
         """Start one notebook process and wait for it; returns its exit status."""
         report = error_path(log)
-        command = [sys.executable, "-m", "golfbook.jobs", kind, str(os.getpid()), str(report), *arguments]
+        private = Path(tempfile.mkdtemp(prefix="", dir=self.private))
+        command = [sys.executable, "-m", "golfbook.jobs", kind, str(os.getpid()), str(report), str(private), *arguments]
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             report.unlink(missing_ok=True)
             with log.open("ab") as stream, self.guard:
-                if self.stopping.is_set():
+                if self.stopping:
                     return 1
                 process = subprocess.Popen(
                     command,
@@ -295,6 +354,7 @@ class _Job:
         finally:
             with self.guard:
                 del self.processes[process.pid]
+            end_kernels(private)
 
     def _cause(self, log: Path, code: int) -> str:
         try:
@@ -333,7 +393,7 @@ class _Job:
         if gained > 0:  # trust the plan at first, then more and more what is seen
             trust = min(1.0, 3 * gained / (1 - self.at_start))
             left = (1 - trust) * left + trust * seconds * (1 - fraction) / gained
-        busy = []
+        busy = ["stopping in order; Ctrl-C again stops at once"] if self.stopping else []
         for status in self.statuses:
             if status.state == "running":
                 busy.append(f"{status.planned.name} {_doing(status)}")
@@ -348,7 +408,7 @@ def _environment(planned: PlannedRun, gpus: list[str]) -> dict[str, str]:
         **folders(),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        "JUPYTER_PREFER_ENV_PATH": "1",  # the python3 kernel of this environment, not one in the home folder
+        launcher.JOB_VARIABLE: "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",  # of the logs, whatever the terminal of this process can show
     }
@@ -379,14 +439,6 @@ def _trained_steps(planned: PlannedRun) -> int:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             return min(int(json.loads(line)["step"]), planned.config.train.steps)
     return 0
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Handles on a training process: start it, watch it, re-attach to it, stop it.
 
 The trainer runs in a session of its own, so that a closed browser or a dead kernel loses nothing; what it does is read
-from ``metrics.jsonl``, by as many watchers as there are. Nothing here imports torch.
+from ``metrics.jsonl``, by as many watchers as there are. It is known by its command line, which names the run folder:
+neither a step of the system clock nor a process id used again makes it look like another. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,16 +26,63 @@ from golfbook.files import atomic_write_json, cache_root, folders, project_root
 from golfbook.runs import Run
 
 Update = Callable[[list[dict[str, Any]]], None]
+MODULE, AGENT = "golfbook.training", "torch.distributed.run"
+SAVE_SECONDS = 60  # for a trainer that was asked to stop, to end its step and to write a checkpoint
+LOOPBACK = "127.0.0.1"
+JOB_VARIABLE = "GOLFBOOK_JOB"  # set in the notebook processes of a job, which owns the trainers they start
+LAUNCHER_VARIABLES = (
+    re.compile(  # what torch's launcher reads or sets; none of it is meant for a training on one machine
+        r"PET_.*|TORCH_?ELASTIC_.*|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|PYTHON_EXEC|"
+        r"LOGLEVEL|USE_LIBUV|TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    )
+)
 
 
 def is_running(run: Run) -> bool:
     """Whether a trainer of this run is alive, here or started by another process."""
-    with contextlib.suppress(OSError, ValueError, KeyError, psutil.Error):
-        note = json.loads((run.path / "trainer.json").read_text(encoding="utf-8"))
-        process = psutil.Process(note["pid"])
-        if process.create_time() == note["created"] and process.status() != psutil.STATUS_ZOMBIE:
-            return True
-    return run.is_locked("trainer")
+    return is_launcher_of(run, _note(run)["pid"]) or run.is_locked("trainer")
+
+
+def is_launcher_of(run: Run, pid: int) -> bool:
+    """Whether this process id is that of a launcher of this run."""
+    with contextlib.suppress(psutil.Error):
+        return _works_on(psutil.Process(pid).cmdline()) == (run.path.resolve(), True)
+    return False
+
+
+def trainers() -> dict[Path, int]:
+    """Trainers of this machine: the process id of each launcher by the run folder it works on."""
+    return {folder: process.pid for folder, agent, process in _processes() if agent}
+
+
+def is_of_a_job(run: Run) -> bool:
+    """Whether the last trainer of this run was started by a job, and not by a notebook that somebody has open."""
+    return bool(_note(run).get("job"))
+
+
+def command(run: Run) -> list[str]:
+    """Command that trains a run. All on this machine: nothing asks for its name, and the system gives a free port."""
+    words = [sys.executable, "-m", AGENT, "--nnodes=1", f"--nproc-per-node={run.config.train.processes}"]
+    words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={LOOPBACK}:0", f"--local-addr={LOOPBACK}", "--max-restarts=0"]
+    words += [f"--log-dir={os.devnull}"]  # its folder of logs: ours are in the run folder
+    return [*words, "-m", MODULE, str(run.path.resolve()).replace("$", "$$")]  # torch takes the arguments for templates
+
+
+def environment(run: Run) -> dict[str, str]:
+    """Environment of a trainer: this one's, without what launchers leave in it, and with all that is ours to say."""
+    threads = str(run.config.train.threads)
+    kept = {name: value for name, value in os.environ.items() if not LAUNCHER_VARIABLES.fullmatch(name)}
+    kept |= folders()
+    kept |= {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_root() / "inductor"),  # shared between runs
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS),
+    }
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == LOOPBACK for address in addresses):
+            kept["GLOO_SOCKET_IFNAME"] = name  # otherwise it looks this machine's name up
+    return kept
 
 
 def launch(run: Run) -> bool:
@@ -41,26 +90,22 @@ def launch(run: Run) -> bool:
     with run.lock("launch", timeout=60):
         if run.is_done("training") or is_running(run):
             return False
-        if run.state("training") != "missing":
-            run.result_path("training").unlink(missing_ok=True)
-        train = run.config.train
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
-        command += [f"--nproc-per-node={train.processes}", "-m", "golfbook.training", str(run.path)]
-        folders_ = {**folders(), "TORCHINDUCTOR_CACHE_DIR": str(cache_root() / "inductor")}  # shared between runs
-        threads = {"OMP_NUM_THREADS": str(train.threads), "MKL_NUM_THREADS": str(train.threads)}
-        try:
-            with run.log_path.open("ab") as log:
-                log_start = log.seek(0, os.SEEK_END)
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                    cwd=project_root(), env={**os.environ, **folders_, **threads},
-                )  # fmt: skip
-        except OSError as error:
-            raise RunError(f"cannot start the trainer of {run.name}: {error}") from error
-        created = psutil.Process(process.pid).create_time()
-        note = {"pid": process.pid, "created": created, "log_start": log_start}
+        log_start = run.log_path.stat().st_size if run.log_path.exists() else 0
+        pid = trainers().get(run.path.resolve())  # of a process that died before it could note it
+        if pid is None:
+            if run.state("training") != "missing":
+                run.result_path("training").unlink(missing_ok=True)
+            try:
+                with run.log_path.open("ab") as log:
+                    process = subprocess.Popen(
+                        command(run), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                        cwd=project_root(), env=environment(run),
+                    )  # fmt: skip
+            except OSError as error:
+                raise RunError(f"cannot start the trainer of {run.name}: {error}") from error
+        note = {"pid": pid or process.pid, "log_start": log_start, "job": JOB_VARIABLE in os.environ}
         atomic_write_json(run.path / "trainer.json", note)
-    return True
+    return pid is None
 
 
 def follow(run: Run, on_update: Update | None = None, poll: float = 0.5) -> dict[str, Any]:
@@ -93,11 +138,9 @@ def follow(run: Run, on_update: Update | None = None, poll: float = 0.5) -> dict
 def _cause(run: Run) -> str:
     """Which process of the last launch died and how, from the words of torch's launcher; "killed?" where it is mute."""
     text = ""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        start = json.loads((run.path / "trainer.json").read_text(encoding="utf-8"))["log_start"]
-        with run.log_path.open("rb") as log:
-            log.seek(start)
-            text = log.read().decode(errors="replace")
+    with contextlib.suppress(OSError), run.log_path.open("rb") as log:
+        log.seek(_note(run)["log_start"])
+        text = log.read().decode(errors="replace")
     entry = r"rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: (-?\d+)"
     table = [(int(rank), int(code)) for rank, code in re.findall(entry, text)]
     if not table:
@@ -112,20 +155,55 @@ def _cause(run: Run) -> str:
     return f"the process of rank {rank} was killed by {name}"
 
 
-def stop(run: Run, timeout: float = 60) -> None:
-    """Ask the trainer to save a checkpoint and end; kills it where it has not ended after ``timeout`` seconds."""
-    if not is_running(run):
-        return
-    with contextlib.suppress(OSError, ValueError, psutil.Error):
+def stop(*runs: Run, timeout: float = SAVE_SECONDS, hurry: Callable[[], bool] = lambda: False) -> list[int]:
+    """Ask the trainers of some runs, all at once, to save a checkpoint and end; returns when they have.
+
+    They are killed after ``timeout`` seconds, or as soon as ``hurry()`` holds. Returns the ids of those processes that
+    cannot be killed either.
+    """
+    mine, asked = {run.path.resolve() for run in runs}, set()
+    limit = time.monotonic() + timeout
+    while members := [found for found in _processes() if found[0] in mine]:
+        now = time.monotonic()
+        if hurry():
+            limit = min(limit, now)
+        if now > limit + 10:
+            return [process.pid for _, _, process in members]
+        for _, agent, process in members:
+            with contextlib.suppress(psutil.Error):
+                if now >= limit:
+                    process.kill()
+                elif agent and process.pid not in asked:  # once: it asks the others, and a second time is an order
+                    asked.add(process.pid)
+                    process.terminate()
+        psutil.wait_procs([process for _, _, process in members], timeout=0.2)
+    return []
+
+
+def _note(run: Run) -> dict[str, Any]:
+    """What the last launch noted: ``pid`` of the launcher, ``log_start``, the size of the log before it, ``job``."""
+    with contextlib.suppress(OSError, ValueError):
         note = json.loads((run.path / "trainer.json").read_text(encoding="utf-8"))
-        process = psutil.Process(note["pid"])
-        if process.create_time() != note["created"]:
-            return
-        family = [process, *process.children(recursive=True)]
-        process.terminate()
-        _, alive = psutil.wait_procs(family, timeout=timeout)
-        for member in alive:
-            member.kill()
+        if isinstance(note, dict) and isinstance(note.get("pid"), int):
+            return {"log_start": 0, **note}
+    return {"pid": 0, "log_start": 0}
+
+
+def _processes() -> Iterator[tuple[Path, bool, psutil.Process]]:
+    """Yield every training process: the run folder it works on, whether it is the launcher of others, the process."""
+    for process in psutil.process_iter(["cmdline"]):
+        folder, agent = _works_on(process.info["cmdline"] or [])
+        if folder is not None:
+            with contextlib.suppress(psutil.Error):  # anew: psutil tells a kept one by the clock of its start
+                yield folder, agent, psutil.Process(process.pid)
+
+
+def _works_on(words: list[str]) -> tuple[Path | None, bool]:
+    """The run folder that a command line trains, None where it does not, and whether it is that of the launcher."""
+    if words[-3:-1] != ["-m", MODULE]:
+        return None, False
+    agent = AGENT in words
+    return Path(words[-1].replace("$$", "$") if agent else words[-1]).resolve(), agent
 
 
 def log_tail(run: Run, lines: int = 12) -> str:

@@ -93,6 +93,8 @@ def show_report(console: Console, report: Report) -> None:
                 say(console, line)
         elif figure.state == "skipped":
             say(console, f"Figure {figure.name} was not drawn: {figure.message}.")
+    for note in report.notes:
+        say(console, note, "yellow")
     places = [
         ("study", plan.folder),
         ("tables", plan.folder / "results.parquet"),

@@ -1,7 +1,7 @@
 """The training loop, which runs as a process of its own (started by :mod:`golfbook.launcher`).
 
-``python -m torch.distributed.run --standalone --nproc-per-node=N -m golfbook.training RUN`` is the one way a model is
-trained, whoever asks: a notebook, papermill or a job. The recipe is PR 1166's, section 15.
+``python -m torch.distributed.run --nproc-per-node=N ... -m golfbook.training RUN``, as the launcher says it, is the one
+way a model is trained, whoever asks: a notebook, papermill or a job. The recipe is PR 1166's, section 15.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from golfbook.checkpoints import load_checkpoint, save_checkpoint
 from golfbook.diagnostics import first_nonfinite
 from golfbook.errors import CheckpointError, GolfbookError, RunError
 from golfbook.files import remove_partial
+from golfbook.launcher import is_launcher_of
 from golfbook.loaders import Prefetching, make_loader
 from golfbook.model import BOS_ID, GPT, initialise
 from golfbook.runs import Run, exit_with_parent, open_run
@@ -308,9 +309,11 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m golfbook.training RUN_FOLDER", file=sys.stderr)
         return 2
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    run = open_run(arguments[0])
     if "TORCHELASTIC_RUN_ID" in os.environ:
         exit_with_parent()
-    run = open_run(arguments[0])
+        if not is_launcher_of(run, os.getppid()):  # it died before this process began to watch it
+            return 3
     if rank == 0:
         activity.record_in(run.path, "starting the trainer")
     try:
