@@ -272,7 +272,6 @@ def _show_costs(console: Console, name: str | None) -> None:
 def _score(
     path: Path, artifact: Artifact, text: Path, stride: int, window: int | None, tokenizer: Path | None, field: str
 ) -> dict[str, str]:
-    import numpy as np
     from rich.progress import Progress
 
     from golfbook import artifact as artifacts
@@ -284,7 +283,7 @@ def _score(
     if stride > window:
         raise ConfigError(f"--stride {stride} is more than the window of {window} tokens")
     texts = documents.read_documents(text, field)
-    tokens, token_bytes, total_bytes = corpus.encode_for_scoring(pieces, texts)
+    tokens, _, total_bytes, changes = corpus.encode_for_scoring(pieces, texts)
     started = time.monotonic()
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("windows")
@@ -295,14 +294,13 @@ def _score(
         nll = scoring.score(artifact.build(), tokens, window=window, stride=stride, progress=show)
     seconds = time.monotonic() - started
     values: dict[str, Any] = scoring.summarize(nll, total_bytes)
-    lost = total_bytes - int(np.sum(token_bytes, dtype=np.int64))
     report = artifacts.size_report(artifact.bytes, BudgetConfig().limit_bytes)
     return {
         "bits per byte": f"{values['val_bpb']:.6f}",
         "loss (nats a token)": f"{values['val_loss']:.6f}",
         "tokens": f"{values['tokens']:,}",
         "bytes": f"{total_bytes:,} in {len(texts):,} documents",
-        "normalisation": f"{lost:,} of these bytes are in no token ({lost / total_bytes:.4%}); they count all the same",
+        "normalisation": changes,
         "window, stride": f"{window}, {stride}",
         "seconds": f"{seconds:.1f}",
         "tokenizer": f"{pieces.path} (not counted in the size, as in the challenge)",

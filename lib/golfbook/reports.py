@@ -217,6 +217,8 @@ def _show_context(console: Console, found: list[dict[str, Any]]) -> None:
     if unigram:
         text = " / ".join(f"{value:.4f}" for value in unigram)
         console.print(f"For comparison, the unigram entropy of the validation text is {text} BPB.", highlight=False)
+    for changes in sorted({row["validation_changes"] for row in found if "validation_changes" in row}):
+        console.print(Text(f"What the tokenizer changed in this text: {changes}."), soft_wrap=True)
     sized = [row for row in found if "total_bytes" in row and "limit_bytes" in row]
     if sized:
         largest = max(sized, key=lambda row: row["total_bytes"])
