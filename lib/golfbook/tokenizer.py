@@ -255,9 +255,8 @@ def describe_changes(changed_characters: Array, examples: Sequence[str]) -> str:
 
 def _example(a: str, b: str, most: int = 20) -> str:
     a, b = (text if len(text) <= most else text[:most] + "…" for text in (a, b))
-    spell = (
-        ascii if unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b) else repr
-    )  # else they look alike
+    alike = unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)  # to the eye
+    spell = ascii if alike else repr
     return f"{spell(a) if a else 'nothing'} became {spell(b) if b else 'nothing'}"
 
 
@@ -296,8 +295,11 @@ def _cause(tokenizer: Tokenizer, ids: Array, original: str | None) -> tuple[str,
     for plain, run in itertools.groupby(range(len(ids)), known.__getitem__):
         places = list(run)
         spelt = b"" if plain else bytes(int(tokenizer.piece(ids[i])[3:5], 16) for i in places)  # of <0xE2>
-        if len(spelt.decode(errors="ignore").encode()) < len(spelt):
-            what = f"; tokens {places[0]} to {places[-1]} are the bytes {spelt.hex(' ')}, no whole character"
+        try:
+            spelt.decode()
+        except UnicodeDecodeError as error:
+            part = spelt[error.start : error.end].hex(" ")
+            what = f"; from token {places[error.start]} on it has the bytes {part}, no whole character"
             return f"{what}: the document was cut inside one", "cut between characters when you write the shards"
     return _culprit(tokenizer, ids), f"use another tokenizer, {train}"
 
