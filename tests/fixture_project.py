@@ -75,7 +75,10 @@ run.checkpoint_path.write_text(run.config.hash)
 value = 2.0 + int(run.config.hash, 16) / 16**10
 run.write_result(
     "training",
-    {"val_bpb": value, "val_loss": value, "train_seconds": 5.0, "parameters": 1000, "unigram_bpb": 4.5},
+    {
+        "val_bpb": value, "val_loss": value, "train_seconds": 5.0, "parameters": 1000, "unigram_bpb": 4.5,
+        "validation_changes": "1 characters in 1 of 2 documents: '[A]' became '[a]'",
+    },
     reads={}, writes=run.checkpoint_path,
 )
 """,

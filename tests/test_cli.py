@@ -12,6 +12,8 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -329,14 +331,17 @@ def scores(text: str) -> dict[str, str]:
 
 
 def test_score_gives_the_bits_per_byte_of_any_text(
-    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    read_only: Callable[[Path], AbstractContextManager[None]],
 ) -> None:
     from golfbook.artifact import read_artifact
     from golfbook.scoring import bits_per_byte, score
     from golfbook.tokenizer import Tokenizer
 
     path = artifact(project.root)
-    text = "Bits per byte divide by the bytes of the text — these too: é, 漢字. " * 4
+    text = "Bits per byte divide by the bytes of the text — these too: é, 漢字." * 4
     (project.root / "mine.txt").write_text(text, encoding="utf-8")
     assert call(monkeypatch, "score", "artifact.golf", "--text", "mine.txt", "--stride", "16") == 0
     values = scores(capsys.readouterr().out)
@@ -346,7 +351,8 @@ def test_score_gives_the_bits_per_byte_of_any_text(
     assert values["bits per byte"] == f"{bits_per_byte(nll, size):.6f}"
     assert values["tokens"] == str(len(nll)) and values["bytes"] == f"{size} in 1 documents"
     assert values["window, stride"] == "64, 16" and "not counted in the size" in values["tokenizer"]
-    assert "normalisation" in values and "seconds" in values and f"{path.stat().st_size:,} bytes" in values["artifact"]
+    assert values["normalisation"] == "nothing; each of 1 documents decodes to what it was"
+    assert "seconds" in values and f"{path.stat().st_size:,} bytes" in values["artifact"]
     uniform = 10 * len(nll) / size  # a model that knows nothing spends 10 bits on one of 1,024 pieces
     assert float(values["bits per byte"]) == pytest.approx(uniform, rel=0.05)
 
@@ -357,9 +363,17 @@ def test_score_gives_the_bits_per_byte_of_any_text(
 
     (project.root / "mine.jsonl").write_text(json.dumps({"body": text}) + "\n", encoding="utf-8")
     options = ("--text-field", "body", "--window", "32", "--stride", "32")
-    assert call(monkeypatch, "score", "artifact.golf", "--text", "mine.jsonl", *options) == 0
+    with read_only(project.root):
+        assert call(monkeypatch, "score", "artifact.golf", "--text", "mine.jsonl", *options) == 0
     other = scores(capsys.readouterr().out)
     assert other["window, stride"] == "32, 32" and other["bits per byte"] != values["bits per byte"]
+
+    (project.root / "mine.txt").write_text("one line\nand a second", encoding="utf-8")
+    assert call(monkeypatch, "score", "artifact.golf", "--text", "mine.txt", "--stride", "16") == 0
+    assert (
+        r"1 characters in 1 of 1 documents decode to something else, for example '\n' became ' '"
+        in (scores(capsys.readouterr().out)["normalisation"])
+    )
 
 
 def test_score_refuses_what_would_give_a_wrong_number(

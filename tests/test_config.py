@@ -112,6 +112,11 @@ def test_a_yaml_file_may_extend_a_preset(tmp_path):
     mine.write_text("a: [", encoding="utf-8")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(str(mine))
+    mine.write_bytes(b"\xef\xbb\xbfextends: quickstart\nseed: 4\n")
+    assert load_config(str(mine)).seed == 4
+    mine.write_text("seed: 4\n", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"mine.yaml is UTF-16; save it as UTF-8"):
+        load_config(str(mine))
 
 
 def test_hash_names_the_settings_and_nothing_else():

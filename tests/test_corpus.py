@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
 
 from golfbook import activity, corpus
 from golfbook.config import Config, load_config
 from golfbook.corpus import encode_for_scoring, prepare, unigram_bits_per_byte
 from golfbook.documents import split_documents
-from golfbook.errors import ByteAccountingError, DataError
+from golfbook.errors import ByteAccountingError, DataError, RunError
 from golfbook.shards import read_shard, write_shard
 from golfbook.tokenizer import Tokenizer, audit_documents
 
@@ -61,7 +62,12 @@ def test_text_dataset_counts_every_byte(golfbook_home: Path) -> None:
     split = split_documents(TEXTS, 0.1)
     assert dataset.val_bytes == sum(len(t.encode()) for t in split.validation)
     assert dataset.val_token_bytes.sum(dtype=np.int64) == dataset.val_bytes  # lossless: no normalisation
-    assert dataset.info["normalisation_loss_bytes"] == dataset.info["changed_documents"] == 0
+    assert dataset.info["decoded_bytes"] == dataset.val_bytes
+    assert dataset.info["changed_documents"] == dataset.info["changed_characters"] == 0
+    assert (
+        dataset.info["validation_changes"]
+        == f"nothing; each of {len(split.validation)} documents decodes to what it was"
+    )
     assert dataset.val_token_bytes.shape == (dataset.val_tokens.size - 1,)
     assert dataset.val_tokens[0] == dataset.tokenizer.bos_id
     assert dataset.tokenizer.decode(dataset.val_tokens) == "".join(split.validation)
@@ -72,11 +78,22 @@ def test_text_dataset_counts_every_byte(golfbook_home: Path) -> None:
     assert dataset.info["bytes_per_token"] == dataset.val_bytes / (dataset.val_tokens.size - 1)
 
 
-def test_published_tokenizer_states_its_normalisation_loss(golfbook_home: Path) -> None:
+def test_published_tokenizer_states_what_it_changes(golfbook_home: Path) -> None:
     dataset = prepare(config_for(FINEWEB, tokenizer=str(MODEL), validation_fraction=0.5))
     table = int(dataset.val_token_bytes.sum(dtype=np.int64))
-    assert dataset.info["normalisation_loss_bytes"] == dataset.val_bytes - table != 0
-    assert dataset.info["changed_documents"] == 97  # line ends become spaces
+    assert dataset.info["decoded_bytes"] == table != dataset.val_bytes
+    texts = split_documents(TEXTS, 0.5).validation
+    changed = [
+        (a, b)
+        for a, b in zip(texts, dataset.tokenizer.decode_batch(list(map(dataset.tokenizer.encode, texts))), strict=True)
+        if a != b
+    ]
+    assert dataset.info["changed_documents"] == len(changed) > 40
+    assert dataset.info["changed_characters"] >= sum(a.count("\n") for a, _ in changed)
+    assert dataset.info["validation_changes"].endswith(r"else, for example '\n' became ' '")
+    few = prepare(config_for(FINEWEB, tokenizer=str(MODEL), validation_fraction=0.5, max_validation_tokens=3000)).info
+    assert few["changed_documents"] <= few["validation_documents"] < 5  # of the documents that are scored, no others
+    assert f" of {few['validation_documents']} documents " in few["validation_changes"]
     assert dataset.tokenizer.sha256 == Tokenizer.load(MODEL).sha256
 
 
@@ -242,9 +259,33 @@ def test_bytes_that_do_not_add_up_stop_everything(golfbook_home: Path, monkeypat
         return table
 
     monkeypatch.setattr(Tokenizer, "_build_table", wrong)
-    with pytest.raises(ByteAccountingError, match=r"training document \d+: .* id 300 "):
+    with pytest.raises(ByteAccountingError, match=r"training document \d+, which begins '.*: .* id 300 "):
         prepare(config_for(FINEWEB))
     assert not list((golfbook_home / "cache/datasets").glob("text-*"))
+
+
+def test_errors_name_no_temporary_folder(golfbook_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = golfbook_home / "mine.model"
+    with mine.open("wb") as stream:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS[0].split("\n")), model_writer=stream, vocab_size=150, minloglevel=2
+        )
+    text = golfbook_home / "few.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"{number} \u6f22 unseen"}) for number in range(9)))
+    with pytest.raises(ByteAccountingError, match=rf"begins '\d \u6f22 unseen': the byte table of {mine} ") as caught:
+        prepare(config_for(text, tokenizer=str(mine)))
+    assert "building" not in str(caught.value)
+
+    def full(path: Path, _: Any) -> None:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise RunError(f"cannot write {path}") from error
+
+    monkeypatch.setattr(corpus, "write_shard", full)
+    with pytest.raises(DataError, match=r"cannot write the cache .*: No space left on device") as caught:
+        prepare(config_for(FINEWEB))
+    assert "building" not in str(caught.value)
 
 
 # Shards
@@ -257,7 +298,7 @@ def test_shards_dataset(golfbook_home: Path, shard_folder: Path) -> None:
     full = prepare(shards_config(shard_folder, **{"data.max_validation_tokens": 0}))
     np.testing.assert_array_equal(full.val_tokens, stream)
     assert full.val_bytes == full.val_token_bytes.sum(dtype=np.int64) == full.info["validation_bytes"]
-    assert full.info["bytes_source"] == "table"
+    assert full.info["bytes_source"] == "table" and full.info["validation_changes"].startswith("unknown")
     assert cut_.info["validation_documents"] == 2 and cut_.val_tokens.size <= 24_000
     assert dataset.train_shards == sorted(shard_folder.glob("my_train_*"))
     assert dataset.train_tokens == sum(read_shard(p).size for p in dataset.train_shards)
@@ -277,7 +318,7 @@ def test_fragments_inside_shards_are_refused(golfbook_home: Path, shard_folder: 
     path = shard_folder / "my_val_000000.bin"
     emoji = Tokenizer.load(MODEL).encode("😀")
     write_shard(path, np.concatenate([[1], emoji[:2], np.array(read_shard(path))]).astype(np.uint16))
-    with pytest.raises(ByteAccountingError, match=r"validation .* document 0"):
+    with pytest.raises(ByteAccountingError, match=r"validation .* document 0.* bytes f0 9f.* was cut inside one"):
         prepare(shards_config(shard_folder))
 
 
@@ -334,8 +375,9 @@ def test_encode_for_scoring_divides_by_the_original(texts: list[str]) -> None:
         with pytest.raises(DataError, match="empty"):
             encode_for_scoring(tokenizer, texts)
         return
-    tokens, token_bytes, counted = encode_for_scoring(tokenizer, texts)
+    tokens, token_bytes, counted, changes = encode_for_scoring(tokenizer, texts)
     assert counted == total
+    assert changes.startswith("nothing") == all(tokenizer.decode(tokenizer.encode(t)) == t for t in texts)
     assert tokens[0] == tokenizer.bos_id and (tokens == tokenizer.bos_id).sum() == len(texts)
     assert token_bytes.shape == (tokens.size - 1,)
     assert token_bytes.sum(dtype=np.int64) == sum(len(t.encode()) for t in tokenizer.decode_batch([tokens]))

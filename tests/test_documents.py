@@ -29,7 +29,7 @@ def test_read_documents_keeps_every_character(tmp_path: Path) -> None:
     (tmp_path / "c.md").write_text("no")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/d.TXT").write_text("deep")
-    assert read_documents(tmp_path) == ["x\r\n\u2028y", "", "\ufeffone\r\ntwo\n\n", "deep"]
+    assert read_documents(tmp_path) == ["x\r\n\u2028y", "", "one\r\ntwo\n\n", "deep"]
     long = "para\n\n" * 9000
     (tmp_path / "b.txt").write_text(long)
     assert read_documents(tmp_path / "b.txt") == [long]  # to score, a file is one document
@@ -40,10 +40,15 @@ def test_read_documents_keeps_every_character(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "ok"}\n{"text": }\n', r"a.jsonl, line 2: no valid JSON"),
         ("a.jsonl", b'{"text": "ok"}\n\n{"texts": "x"}', r"line 3: no text under the key 'text'; did you mean 'texts'"),
-        ("a.jsonl", b'{"text": 5}', "line 1: no text under the key"),
-        ("a.jsonl", b"[1]", "line 1: no text under the key"),
+        ("a.jsonl", b'{"text": 5}', "line 1: the value under 'text' is a number, not text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": null}', "line 2: the value under 'text' is null, not text"),
+        ("a.jsonl", b'{"text": ["x"]}', "line 1: the value under 'text' is an array, not text"),
+        ("a.jsonl", b'[{"text": "x"}]', "line 1: the line is an array; expected an object"),
         ("a.jsonl", b'{"text": "\\ud800"}', "line 1: the text is no valid Unicode"),
         ("a.txt", b"ab\ncd\xff", "a.txt, line 2: byte 5 is no UTF-8"),
+        ("a.txt", "one\ntwo".encode("utf-16"), r"a.txt is UTF-16; save it as UTF-8"),
+        ("a.jsonl", b"\xfe\xff" + '{"text": "x"}'.encode("utf-16-be"), r"a.jsonl is UTF-16; save it as UTF-8"),
+        ("a.txt", "one".encode("utf-32"), r"a.txt is UTF-32; save it as UTF-8"),
         ("a.csv", b"x", "expected a .txt file"),
     ],
 )
@@ -51,6 +56,42 @@ def test_unreadable_documents_name_file_and_line(tmp_path: Path, name: str, cont
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_documents(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + "\ufeffword".encode())
+    assert read_documents(tmp_path / "a.txt") == ["\ufeffword"]  # one signature; what follows it is text
+    (tmp_path / "b.jsonl").write_bytes(mark + b'{"text": "one"}\n' + mark + b'{"text": "two"}\n')
+    assert read_documents(tmp_path / "b.jsonl") == ["one", "two"]  # two files, one appended to the other
+
+
+def test_hidden_and_backup_files_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in (".x.txt", "._x.txt", "x.txt~", "#x.txt#", ".ipynb_checkpoints/x-checkpoint.txt", ".cache.jsonl"):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(DataError, match=r"holds no .txt or .jsonl file \(4 hidden"):
+        read_documents(tmp_path)
+    (tmp_path / "x.txt").write_text("new")
+    assert read_documents(tmp_path) == ["new"]
+    assert "4 hidden" in caplog.text
+    assert read_documents(tmp_path / ".x.txt") == ["old"]  # a file that is named is read
+
+
+def test_links_are_followed_and_each_file_is_read_once(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for path, text in ((folder / "a.txt", "here"), (elsewhere / "b.txt", "there"), (elsewhere / "in/c.txt", "deep")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (folder / "books").symlink_to(elsewhere)
+    (folder / "more").symlink_to(elsewhere / "in")
+    (folder / "z.txt").symlink_to(folder / "a.txt")
+    (elsewhere / "in/circle").symlink_to(folder)
+    assert sorted(read_documents(folder)) == ["deep", "here", "there"]
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    with pytest.raises(DataError, match=r"gone.txt is a link to .*nowhere.txt, which does not exist"):
+        read_documents(folder)
 
 
 def test_missing_text(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -234,7 +234,9 @@ def test_more_shards_than_published_and_changed_layout(fake: FakeHub, tmp_path: 
         download_fineweb(tmp_path, 1, fake.endpoint)
 
 
-def test_prepare_downloads_once(fake: FakeHub, golfbook_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_downloads_once(
+    fake: FakeHub, golfbook_home: Path, monkeypatch: pytest.MonkeyPatch, read_only: Callable[[Path], Any]
+) -> None:
     monkeypatch.setenv("HF_ENDPOINT", fake.endpoint)
     config = load_config(overrides={"data": {"source": "fineweb", "max_validation_tokens": 0}})
     dataset = prepare(config)
@@ -242,5 +244,6 @@ def test_prepare_downloads_once(fake: FakeHub, golfbook_home: Path, monkeypatch:
     assert dataset.info["bytes_source"] == "table"
     assert dataset.val_bytes == dataset.val_token_bytes.sum(dtype=np.int64) > 10_000
     count = len(fake.requests)
-    again = prepare(config)
+    with read_only(golfbook_home):
+        again = prepare(config)
     assert len(fake.requests) == count and again.fingerprint == dataset.fingerprint

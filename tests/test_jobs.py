@@ -69,6 +69,7 @@ def test_the_table_and_the_places_are_printed(finished: Project) -> None:
     bpb = finished.results()[f"{finished.folder('no_xsa-s1').name}/result.test_time_training.json"]["val_bpb"]
     assert f"{bpb:.4f} ± –" in line and line.endswith(" 8")
     assert "unigram entropy of the validation text is 4.5000 BPB" in text
+    assert "What the tokenizer changed in this text: 1 characters in 1 of 2 documents: '[A]' became '[a]'." in text
     assert "at most 100 bytes, all within the limit of 16,000,000" in text
     for place in ("runs/small/results.parquet", "runs/small/metrics.parquet", "figures/small_seeds.png", "notebooks"):
         assert place in text

@@ -128,6 +128,16 @@ def test_unreadable_job_files(project: Project) -> None:
         plan(project.job)
 
 
+def test_a_byte_order_mark(project: Project) -> None:
+    mark = b"\xef\xbb\xbf"
+    project.job.write_bytes(mark + project.job.read_bytes())
+    assert plan(project.job).runs
+    path = project.root / "notebooks/03_training.ipynb"
+    path.write_bytes(mark + path.read_bytes())
+    with pytest.raises(GolfbookError, match=r"03_training\.ipynb is not a notebook: .*save it as UTF-8 without one"):
+        plan(project.job)
+
+
 def test_missing_stage_notebook(project: Project) -> None:
     (project.root / "notebooks/04_quantization.ipynb").unlink()
     with pytest.raises(GolfbookError, match=r"there is no notebook .*04_quantization\.ipynb"):

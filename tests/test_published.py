@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from golfbook.checkpoints import load_published, published_state
 from golfbook.config import load_config
@@ -159,6 +159,43 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, monkeypatch):
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="mapping of names"):
         read_state(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n<!doctype HTML><html>not found</html>", "final.pt is a web page and no checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "final.pt is a pointer of Git LFS"),
+        (b"", "final.pt is damaged or no plain checkpoint"),
+        (b"PK\x03\x04 cut", "final.pt is damaged or no plain checkpoint"),
+        (torch.nn.Linear(2, 2), r"holds the Python object torch.nn.modules.linear.Linear.*model.state_dict\(\)"),
+        ({"model": {"a": torch.zeros(1)}, "step": 3}, "but a mapping with the keys 'model', 'step'"),
+        ({1: torch.zeros(1)}, "but a mapping with the keys 1"),
+    ],
+)
+def test_what_is_no_checkpoint_is_told_in_own_words(tmp_path, content, message):
+    path = tmp_path / "final.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_state(path)
+    assert "weights_only" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_safetensors_and_the_prefixes_of_wrappers(tmp_path):
+    model = tiny("pr1232_flow")
+    state = model.state_dict()
+    path = tmp_path / "final_model.pt"  # whatever it is called
+    save_file(state, path)
+    assert torch.equal(read_state(path)["smear.gate"], state["smear.gate"])
+    for prefix in ("_orig_mod.", "module.", "module._orig_mod."):
+        loaded = load_published({prefix + key: value for key, value in state.items()}, "pr1232", {"rope_dims": 8})
+        assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    mixed = {("" if key == "smear.gate" else "module.") + key: value for key, value in state.items()}
+    with pytest.raises(CheckpointError, match=r"some names .* begin with 'module.' and others do not: smear.gate"):
+        load_published(mixed, "pr1232")
 
 
 def test_wrong_systems_keys_and_shapes_are_listed():

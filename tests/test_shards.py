@@ -109,6 +109,7 @@ def test_write_into_a_file_as_folder(tmp_path: Path) -> None:
 def test_find_shards_sorts_and_keeps_kinds_apart(tmp_path: Path) -> None:
     for name in ("fineweb_train_000001.bin", "fineweb_train_000000.bin", "fineweb_val_000000.bin", "notes.txt"):
         (tmp_path / name).touch()
+    (tmp_path / "._fineweb_train_000000.bin").write_bytes(b"of macOS")
     assert [p.name for p in find_shards(tmp_path, "train")] == ["fineweb_train_000000.bin", "fineweb_train_000001.bin"]
     assert [p.name for p in find_shards(tmp_path, "val")] == ["fineweb_val_000000.bin"]
     (tmp_path / "fineweb_val_000000.bin").unlink()

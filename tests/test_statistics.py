@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from golfbook.errors import ConfigError
 from golfbook.statistics import Summary, describe, paired_by_seed, paired_difference, spread_text, summarize, welch
 
 A = [2.10, 2.14, 2.09, 2.17]
@@ -77,5 +78,5 @@ def test_summarize_and_pairing_by_seed() -> None:
     assert table["mean"][0] == pytest.approx(2.3)
     difference = paired_by_seed(frame, "bpb", "a", "b")  # seed 3 has no partner
     assert (difference.n, difference.mean) == (2, pytest.approx(-0.15))
-    with pytest.raises(ValueError, match="variant 'c'"):
+    with pytest.raises(ConfigError, match="variant 'c'"):
         paired_by_seed(frame, "bpb", "a", "c")

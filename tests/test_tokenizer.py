@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golfbook.errors import ByteAccountingError, DataError
-from golfbook.tokenizer import Tokenizer, audit_documents, check_documents, to_utf8, train_tokenizer
+from golfbook.tokenizer import (
+    Tokenizer,
+    audit_documents,
+    check_documents,
+    describe_changes,
+    to_utf8,
+    train_tokenizer,
+)
 
 HERE = Path(__file__).parent
 DOCUMENTS = [json.loads(line)["text"] for line in (HERE / "data/fineweb_docs_100.jsonl").read_text().splitlines()]
@@ -120,7 +128,7 @@ def test_published_table_has_the_specified_properties(published: Tokenizer) -> N
 
 def test_trained_model_decodes_real_text_to_itself(trained: Tokenizer) -> None:
     audit = audit_documents(trained, DOCUMENTS, "all")  # 40 of them unseen in training
-    assert audit.changed_documents == 0
+    assert audit.changed_characters.sum() == 0 and set(audit.examples) == {""}
     np.testing.assert_array_equal(audit.original_bytes, audit.decoded_bytes)
     assert [trained.piece(i) for i in range(4)] == ["<pad>", "<s>", "</s>", "<unk>"]
     assert trained.vocab_size == 1024
@@ -209,14 +217,66 @@ def test_how_sentencepiece_decodes_fragments(published: Tokenizer) -> None:
 def test_fragments_in_a_stream_are_refused(published: Tokenizer) -> None:
     lone = published.encode("😀")[:2]
     stream = np.concatenate([np.array([1], np.uint16), published.encode("In"), lone])
-    with pytest.raises(ByteAccountingError, match=r"val document 7: the byte table .* gives 4 bytes, .* decode to 8"):
+    with pytest.raises(
+        ByteAccountingError,
+        match=r"val document 7, which begins 'In.*': the byte table .* gives 4 bytes, .* decode to 8",
+    ):
         check_documents(published, [stream], "val", 7)
 
 
 def test_unknown_token_is_named() -> None:
     tokenizer = sentencepiece_model(DOCUMENTS[:40], byte_fallback=False)
-    with pytest.raises(ByteAccountingError, match=r"training document 1: .*id \d+ '<unk>'.* byte fallback"):
+    message = (
+        r"training document 1, which begins 'an unseen sign.*id \d+ '<unk>', .*U\+1234.* use a tokenizer with byte fall"
+    )
+    with pytest.raises(ByteAccountingError, match=message):
         audit_documents(tokenizer, ["plain words", "an unseen sign: \u1234 here"], "training")
+
+
+def test_a_document_cut_inside_a_character_is_called_that(published: Tokenizer) -> None:
+    whole = published.encode_document("a smile 😀")
+    with pytest.raises(ByteAccountingError, match=r"has the bytes f0 9f 98, no whole character") as caught:
+        check_documents(published, [whole[:-1]], "shard")
+    assert "cut between characters" in str(caught.value) and "byte fallback" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "pairs"),
+    [
+        ({"normalization_rule_name": "nmt_nfkc_cf"}, "An ODD", [("A", "a"), ("O", "o"), ("D", "d"), ("D", "d")]),
+        ({"normalization_rule_name": "nmt_nfkc"}, "½ of it…", [("½", "1⁄2"), ("…", "...")]),  # longer, not shorter
+        ({"normalization_rule_name": "nfkc"}, "cafe\u0301 \ufb01ne", [("e\u0301", "é"), ("\ufb01", "fi")]),
+        ({}, "  two  spaces ", [("  ", ""), (" ", ""), (" ", "")]),
+        ({}, "a\u2581b", [("\u2581", " ")]),
+        ({}, "   ", [("   ", "")]),
+    ],
+)  # fmt: skip
+def test_what_a_tokenizer_changes(options: dict[str, Any], text: str, pairs: list[tuple[str, str]]) -> None:
+    tokenizer = sentencepiece_model(DOCUMENTS[:40], **options)
+    assert tokenizer.differences(text, tokenizer.decode(tokenizer.encode(text))) == pairs
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts)
+def test_what_is_not_changed_is_kept(variant: Tokenizer, text: str) -> None:
+    decoded = variant.decode(variant.encode(text))
+    pairs = variant.differences(text, decoded)
+    assert bool(pairs) == (text != decoded)
+    assert len(text) - sum(len(a) for a, _ in pairs) == len(decoded) - sum(len(b) for _, b in pairs)
+
+
+def test_changes_of_equal_length_are_told_in_words() -> None:
+    tokenizer = sentencepiece_model(DOCUMENTS[:40], normalization_rule_name="nmt_nfkc_cf")
+    audit = audit_documents(tokenizer, ["no change", "AN Ant", "Be", ""], "x")
+    assert audit.original_bytes.sum() == audit.decoded_bytes.sum()  # which is why bytes do not show it
+    assert audit.changed_characters.tolist() == [0, 3, 1, 0]
+    words = describe_changes(audit.changed_characters, audit.examples)
+    assert words == "4 characters in 2 of 4 documents decode to something else, for example 'A' became 'a'"
+
+
+def test_changes_that_the_normaliser_does_not_tell_are_found_all_the_same(trained: Tokenizer) -> None:
+    assert trained.differences("one two three", "one 2 three") == [("two", "2")]
+    assert trained.differences("same", "same") == []
 
 
 def test_a_wrong_table_is_found(published: Tokenizer) -> None:

@@ -318,7 +318,6 @@ def _score(
     path: Path, artifact: Artifact, text: Path, stride: int, window: int | None, tokenizer: Path | None, field: str
 ) -> dict[str, Any]:
     """What ``golfbook score`` finds, as plain data."""
-    import numpy as np
     import torch
     from rich.progress import Progress
 
@@ -331,7 +330,7 @@ def _score(
     if stride > window:
         raise ConfigError(f"--stride {stride} is more than the window of {window} tokens")
     texts = documents.read_documents(text, field)
-    tokens, token_bytes, total_bytes = corpus.encode_for_scoring(pieces, texts)
+    tokens, _, total_bytes, changes = corpus.encode_for_scoring(pieces, texts)
     choices.set_up(torch.get_num_threads(), torch.device("cpu"))
     started = time.monotonic()
     with Progress(console=make_console(stderr=True), transient=True) as bar:
@@ -343,7 +342,6 @@ def _score(
         nll = scoring.score(artifact.build(), tokens, window=window, stride=stride, progress=show)
     seconds = time.monotonic() - started
     values: dict[str, Any] = scoring.summarize(nll, total_bytes)
-    lost = total_bytes - int(np.sum(token_bytes, dtype=np.int64))
     return {
         "artifact": path,
         "val_bpb": values["val_bpb"],
@@ -351,7 +349,7 @@ def _score(
         "tokens": values["tokens"],
         "bytes": total_bytes,
         "documents": len(texts),
-        "bytes_in_no_token": lost,
+        "normalisation": changes,
         "window": window,
         "stride": stride,
         "seconds": seconds,
@@ -362,14 +360,12 @@ def _score(
 
 
 def _score_text(found: dict[str, Any]) -> dict[str, str]:
-    lost = found["bytes_in_no_token"]
     return {
         "bits per byte": f"{found['val_bpb']:.6f}",
         "loss (nats a token)": f"{found['val_loss']:.6f}",
         "tokens": f"{found['tokens']:,}",
         "bytes": f"{found['bytes']:,} in {found['documents']:,} documents",
-        "normalisation": f"{lost:,} of these bytes are in no token ({lost / found['bytes']:.4%}); "
-        "they count all the same",
+        "normalisation": found["normalisation"],
         "window, stride": f"{found['window']}, {found['stride']}",
         "seconds": f"{found['seconds']:.1f}",
         "tokenizer": f"{found['tokenizer']} (not counted in the size, as in the challenge)",

@@ -19,9 +19,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from golfbook.errors import ConfigError, nearest
-from golfbook.files import canonical_json, resolve, sha256_bytes
+from golfbook.errors import ConfigError, DataError, nearest
+from golfbook.files import canonical_json, decode_text, resolve, sha256_bytes
 from golfbook.settings import (
+    LARGEST,
     BudgetConfig,
     DataConfig,
     ModelConfig,
@@ -33,9 +34,15 @@ from golfbook.settings import (
 
 __all__ = [
     "BudgetConfig", "Config", "DataConfig", "ModelConfig", "QuantizeConfig", "ScoreConfig", "TrainConfig",
-    "keys", "load_config", "preset_names", "read_yaml", "scale_names", "validate",
+    "check_parameters", "keys", "load_config", "preset_names", "read_yaml", "scale_names", "validate",
 ]  # fmt: skip
 
+PARAMETERS: dict[str, type | tuple[type, ...]] = {  # of the notebooks, as papermill may give them
+    **dict.fromkeys(("scale", "study", "variant", "run_dir", "reference"), str),
+    **dict.fromkeys(("sample_tokens", "look_tokens", "sample_documents"), int),
+    "overrides": (Mapping, type(None)),
+    "vocabularies": list,
+}
 PRESETS = resources.files("golfbook") / "presets"
 SCALES = PRESETS / "scales"
 
@@ -89,7 +96,8 @@ def load_config(
     Raises :class:`ConfigError` for an unknown preset, scale or key, a value of the wrong type, or settings that
     contradict each other.
     """
-    tree = _extended(preset) if isinstance(preset, Mapping) else _read_preset(preset)
+    check_parameters(scale=scale, overrides=overrides)
+    tree = _extended(preset) if isinstance(preset, Mapping) else _read_preset(str(preset))
     if scale != "published":
         overlay = _read_scale(scale)
         if (tree.get("data") or {}).get("source", "pydocs") in ("text", "shards"):
@@ -103,6 +111,26 @@ def load_config(
     if seed is not None:
         tree["seed"] = seed
     return validate(tree)
+
+
+def check_parameters(**given: Any) -> None:
+    """Check the kinds of parameters of a notebook, which papermill takes from a command line as it guesses them.
+
+    Raises :class:`ConfigError` naming the parameter and how to write it.
+    """
+    for name, value in given.items():
+        kind = PARAMETERS[name]
+        if kind is str and not isinstance(value, str):
+            what, hint = "text", f"papermill takes text as it is written after -r: -r {name} {value}"
+        elif kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            what, hint = "a whole number of at least 1", f"for papermill -p {name} 100"
+        elif name == "overrides" and not isinstance(value, kind):
+            what, hint = "a mapping of keys to values", 'for papermill -y "overrides: {train.steps: 4}"'
+        elif kind is list and not (isinstance(value, list) and value and all(type(item) is int for item in value)):
+            what, hint = "a list of whole numbers", f'for papermill -y "{name}: [384, 1024]"'
+        else:
+            continue
+        raise ConfigError(f"the parameter '{name}' must be {what}, got {value!r}: write {hint}")
 
 
 def validate(tree: Mapping[str, Any]) -> Config:
@@ -123,10 +151,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; raises :class:`ConfigError` naming the file and, where known, the line."""
     path = Path(path)
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.safe_load(decode_text(path.read_bytes(), path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values")
@@ -216,6 +246,8 @@ def _explain(error: ValidationError) -> str:
             if _is_number(given):
                 hint = f"; YAML reads '{given}' as text: write {_yaml_number(given, item['type'])}"
             lines.append(f"{key}: expected a number, got the text '{given}'{hint}")
+        elif item["type"] == "less_than_equal" and item["ctx"]["le"] == LARGEST:
+            lines.append(f"{key}: must be at most 2**63 - 1 ({LARGEST}), or no table could hold it, got {given!r}")
         else:
             lines.append(f"{key}: {item['msg'].lower()}, got {given!r}")
     return "wrong configuration: " + "; ".join(dict.fromkeys(lines))

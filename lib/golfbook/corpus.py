@@ -15,7 +15,7 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,7 @@ from filelock import FileLock
 from golfbook import activity, pydocs
 from golfbook.config import Config
 from golfbook.documents import Split, read_corpus, read_documents, split_documents, text_files
-from golfbook.errors import ByteAccountingError, DataError
+from golfbook.errors import ByteAccountingError, DataError, RunError
 from golfbook.files import (
     atomic_path,
     atomic_write_json,
@@ -39,11 +39,19 @@ from golfbook.files import (
 )
 from golfbook.hub import REPOSITORY, download_fineweb
 from golfbook.shards import find_shards, read_shard, write_shard
-from golfbook.tokenizer import BATCH, SPACE, Audit, Tokenizer, audit_documents, check_documents, train_tokenizer
+from golfbook.tokenizer import (
+    BATCH,
+    SPACE,
+    Tokenizer,
+    audit_documents,
+    check_documents,
+    describe_changes,
+    train_tokenizer,
+)
 
 __all__ = ["Dataset", "encode_for_scoring", "prepare", "read_documents", "unigram_bits_per_byte"]
 
-FORMAT = 1  # raise it whenever equal inputs give another dataset
+FORMAT = 2  # raise it whenever equal inputs give another dataset
 SHARD_TOKENS = 100_000_000
 LEAST_SEQUENCES = 4  # a training split holds at least this many
 CHECKED_TRAIN_DOCUMENTS = 1000  # of each foreign training shard; validation shards are checked whole
@@ -106,11 +114,12 @@ def prepare(config: Config) -> Dataset:
     documents = np.load(folder / "validation_documents.npz")
     tokens = np.array(read_shard(folder / record["validation_shard"]))
     train = [folder / name for name in record["train_shards"]]
-    return _open(folder, record, train, tokens, config, documents["original_bytes"], documents["decoded_bytes"])
+    return _open(folder, record, train, tokens, config, documents)
 
 
-def encode_for_scoring(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[Array, Array, int]:
-    """Tokens (n + 1,) uint16, a BOS before each document; table bytes (n,) of the targets; original UTF-8 bytes.
+def encode_for_scoring(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[Array, Array, int, str]:
+    """Tokens (n + 1,) uint16, a BOS before each document; table bytes (n,) of the targets; original UTF-8 bytes; and
+    in words, what the tokenizer changed.
 
     Raises :class:`golfbook.errors.ByteAccountingError` where table and decoded bytes differ, :class:`DataError` where
     there is no text at all.
@@ -119,7 +128,8 @@ def encode_for_scoring(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[
     total = int(audit.original_bytes.sum())
     if total == 0 or audit.tokens.size < 2:
         raise DataError("the text to score is empty")
-    return audit.tokens, tokenizer.token_bytes(audit.tokens), total
+    changes = describe_changes(audit.changed_characters, audit.examples)
+    return audit.tokens, tokenizer.token_bytes(audit.tokens), total, changes
 
 
 def unigram_bits_per_byte(tokens: Array, total_bytes: int) -> float:
@@ -135,10 +145,12 @@ def _open(
     train_shards: list[Path],
     tokens: Array,
     config: Config,
-    original: Array | None = None,
-    decoded: Array | None = None,
+    documents: Mapping[str, Array] | None = None,
 ) -> Dataset:
-    """Cut the validation split to whole documents, count its bytes, and check that both splits are of use."""
+    """Cut the validation split to whole documents, count its bytes, and check that both splits are of use.
+
+    ``documents`` holds what is known of each validation document, where the original text is.
+    """
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     starts = np.flatnonzero(tokens == tokenizer.bos_id)
     kept, size = _keep_documents(starts, tokens.size, config.data.max_validation_tokens)
@@ -147,9 +159,15 @@ def _open(
     table = int(token_bytes.sum(dtype=np.int64))
     info = dict(record["info"])
     val_bytes = table
-    if original is not None and decoded is not None:
-        val_bytes = int(original[:kept].sum())
-        info["normalisation_loss_bytes"] = val_bytes - int(decoded[:kept].sum())
+    if documents is not None:
+        val_bytes = int(documents["original_bytes"][:kept].sum())
+        changed = documents["changed_characters"][:kept]
+        info |= {
+            "decoded_bytes": int(documents["decoded_bytes"][:kept].sum()),
+            "changed_documents": int((changed > 0).sum()),
+            "changed_characters": int(changed.sum()),
+            "validation_changes": describe_changes(changed, documents["examples"][:kept].tolist()),
+        }
     if val_bytes == 0 or tokens.size < 2:
         raise DataError("the validation split holds no text; give more documents or a larger data.validation_fraction")
     train_tokens = sum(int(read_shard(path).size) for path in train_shards)
@@ -186,43 +204,48 @@ def _build(folder: Path, split: Split, config: Config) -> dict[str, Any]:
     """Write tokenizer, shards and byte counts of split documents into ``folder``; return the record about them."""
     path = folder / "tokenizer.model"
     if config.data.tokenizer:
-        _copy(resolve(config.data.tokenizer), path)
+        name = resolve(config.data.tokenizer)  # for messages: ``folder`` is gone by the time they are read
+        _copy(name, path)
     else:
         activity.doing("training the tokenizer")
+        name = Path("the tokenizer trained on this text")
         train_tokenizer(split.train, config.model.vocab_size, path)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer(path.read_bytes(), name)
     _check_vocabulary(tokenizer, config)
     activity.doing("encoding the text")
     train = audit_documents(tokenizer, split.train, "training")
     validation = audit_documents(tokenizer, split.validation, "validation")
-    name = config.data.source
+    source = config.data.source
     shards = []
     for number, start in enumerate(range(0, train.tokens.size, SHARD_TOKENS)):
-        shards.append(f"{name}_train_{number:06d}.bin")
+        shards.append(f"{source}_train_{number:06d}.bin")
         write_shard(folder / shards[-1], train.tokens[start : start + SHARD_TOKENS])
-    write_shard(folder / f"{name}_val_000000.bin", validation.tokens)
+    write_shard(folder / f"{source}_val_000000.bin", validation.tokens)
     with atomic_path(folder / "validation_documents.npz") as temporary, temporary.open("wb") as stream:
-        np.savez(stream, original_bytes=validation.original_bytes, decoded_bytes=validation.decoded_bytes)
+        np.savez(
+            stream,
+            original_bytes=validation.original_bytes,
+            decoded_bytes=validation.decoded_bytes,
+            changed_characters=validation.changed_characters,
+            examples=np.array(validation.examples),
+        )
     return {
         "fingerprint": _fingerprint(split, tokenizer),
         "train_shards": shards,
-        "validation_shard": f"{name}_val_000000.bin",
+        "validation_shard": f"{source}_val_000000.bin",
         "info": {
-            "source": name,
+            "source": source,
             "bytes_source": "documents",
             "documents": len(split.train) + len(split.validation),
             "train_documents": len(split.train),
             "duplicates_dropped": split.duplicates,
             "near_duplicates_dropped": split.near_duplicates,
             "train_bytes": int(train.original_bytes.sum()),
-            "train_normalisation_loss_bytes": _loss(train),
-            "changed_documents": train.changed_documents + validation.changed_documents,
+            "train_decoded_bytes": int(train.decoded_bytes.sum()),
+            "train_changes": describe_changes(train.changed_characters, train.examples),
+            "validation_changes": describe_changes(validation.changed_characters, validation.examples),
         },
     }
-
-
-def _loss(audit: Audit) -> int:
-    return int(audit.original_bytes.sum() - audit.decoded_bytes.sum())
 
 
 def _fingerprint(split: Split, tokenizer: Tokenizer) -> str:
@@ -274,6 +297,7 @@ def _prepare_shards(config: Config) -> Dataset:
             np.concatenate([read_shard(p) for p in validation]), tokenizer, f"validation ({validation[0].parent})"
         )
         info = {"source": data.source, "bytes_source": "table", "train_documents_checked": checked, **extra}
+        info["validation_changes"] = "unknown: these shards hold tokens, and not the text that they were made of"
         return {"fingerprint": digest.hexdigest(), "info": info}
 
     folder, record = _cached(data.source, description, build)
@@ -365,9 +389,10 @@ def _cached(
                 temporary.replace(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
+    except (OSError, RunError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of one file in a temporary folder
         raise DataError(
-            f"cannot write the cache {root}: {error.strerror or error}; check space and permissions, "
+            f"cannot write the cache {root}: {getattr(cause, 'strerror', None) or cause}; check space and permissions, "
             "or set GOLFBOOK_CACHE to another folder"
         ) from error
     return folder, record

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,8 +20,10 @@ import numpy as np
 from scipy import sparse
 
 from golfbook.errors import DataError, nearest
+from golfbook.files import decode_text
 from golfbook.tokenizer import to_utf8
 
+SUFFIXES = (".txt", ".jsonl")
 SHINGLE_WORDS = 5
 JACCARD = 0.5  # shingles in common / shingles of either
 CONTAINMENT = 0.8  # shingles in common / shingles of the shorter document
@@ -28,6 +32,8 @@ CUT_LENGTH = 2_000  # ... that end at the first blank line behind this many char
 
 _WORD = re.compile(r"\w+")
 _BLANK = re.compile(r"\n[ \t\r]*\n\s*")
+
+log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
@@ -43,25 +49,59 @@ class Split:
 
 
 def text_files(path: str | Path) -> list[Path]:
-    """Text files at ``path``: itself, or all .txt and .jsonl files below a folder, by name."""
+    """Text files at ``path``: itself, or all .txt and .jsonl files below a folder, by name.
+
+    Linked files and folders count like others, and each real file once. Left out are names that begin with a dot:
+    hidden files and folders, and what editors, JupyterLab and macOS keep beside a file. Raises :class:`DataError`
+    where nothing is left, and for a folder that cannot be read or a text file that is a link to nothing.
+    """
     path = Path(path)
     if path.is_dir():
-        found = sorted(f for f in path.rglob("*") if f.suffix.lower() in (".txt", ".jsonl") and f.is_file())
+        found, hidden = _walk(path)
+        note = f"{hidden} hidden .txt or .jsonl file(s) and folder(s) below it were left out" if hidden else ""
         if not found:
-            raise DataError(f"folder {path} holds no .txt or .jsonl file")
+            raise DataError(f"folder {path} holds no .txt or .jsonl file{f' ({note})' if note else ''}")
+        if note:
+            log.info("folder %s: %s", path, note)
         return found
     if not path.is_file():
         siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"text file or folder {path} does not exist{nearest(path.name, siblings)}")
-    if path.suffix.lower() not in (".txt", ".jsonl"):
+    if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: expected a .txt file, a .jsonl file or a folder of them")
     return [path]
+
+
+def _walk(root: Path) -> tuple[list[Path], int]:
+    """Text files below a folder, by name, and how many hidden files and folders were passed over."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read folder {error.filename}: {error.strerror}")
+
+    seen, found, hidden = {root.resolve()}, [], 0  # real folders, so that links in a circle come to an end
+    for name, folders, files in os.walk(root, followlinks=True, onerror=refuse):
+        folder = Path(name)
+        texts = [folder / f for f in files if Path(f.lstrip(".")).suffix.lower() in SUFFIXES]
+        found += [f for f in texts if not f.name.startswith(".")]
+        hidden += sum(f.name.startswith(".") for f in texts) + sum(f.startswith(".") for f in folders)
+        visible = [folder / f for f in sorted(folders) if not f.startswith(".")]
+        fresh = {f.resolve(): f.name for f in visible if f.resolve() not in seen}
+        seen |= fresh.keys()
+        folders[:] = fresh.values()
+    real: dict[Path, Path] = {}
+    for file in sorted(found):
+        if file.is_symlink() and not file.exists():
+            raise DataError(f"{file} is a link to {file.readlink()}, which does not exist; mend or remove it")
+        if file.is_file():
+            real.setdefault(file.resolve(), file)
+    return list(real.values()), hidden
 
 
 def read_documents(path: str | Path, text_field: str = "text") -> list[str]:
     """Documents of a .txt file (one), of a .jsonl file (one a line, under ``text_field``), or of a folder of both.
 
-    Nothing is changed: line ends, blanks and byte order stay as they are, so that bytes can be counted.
+    Nothing is changed: line ends and blanks stay as they are, so that bytes can be counted. A byte-order mark at the
+    beginning of a file, or of a line of JSON, is no part of any document, and its bytes do not count.
     Raises :class:`DataError` naming the file and the line of anything that is no document.
     """
     return [text for file in text_files(path) for text in _read(file, text_field)]
@@ -183,32 +223,47 @@ def _read(path: Path, text_field: str) -> list[str]:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: byte {error.start} is no UTF-8; convert the file to UTF-8") from None
+    text = decode_text(raw, path)
     if path.suffix.lower() != ".jsonl":
         return [text]
     documents = []
     for number, row in enumerate(text.split("\n"), 1):
+        row = row.removeprefix("\ufeff")  # of a file that was appended to another one
         if not row.strip():
             continue
         try:
-            record = json.loads(row)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: no valid JSON ({error})") from None
-        except RecursionError:
-            raise DataError(f"{path}, line {number}: JSON is nested too deeply") from None
-        if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-            names = [str(k) for k in record] if isinstance(record, dict) else []
-            raise DataError(
-                f"{path}, line {number}: no text under the key '{text_field}'{nearest(text_field, names)}; "
-                "set data.text_field to the key that holds the document"
-            )
-        try:
-            to_utf8(record[text_field])
+            documents.append(_document(row, text_field))
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
-        documents.append(record[text_field])
     return documents
+
+
+def _document(row: str, text_field: str) -> str:
+    """The document in one line of JSON."""
+    try:
+        record = json.loads(row)
+    except ValueError as error:
+        raise DataError(f"no valid JSON ({error})") from None
+    except RecursionError:
+        raise DataError("JSON is nested too deeply") from None
+    if not isinstance(record, dict):
+        raise DataError(
+            f"the line is {_kind(record)}; expected an object with the document under '{text_field}', "
+            f'such as {{"{text_field}": "..."}}'
+        )
+    if text_field not in record:
+        raise DataError(
+            f"no text under the key '{text_field}'{nearest(text_field, record)}; "
+            "set data.text_field to the key that holds the document"
+        )
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise DataError(f"the value under '{text_field}' is {_kind(text)}, not text; give it text or remove the line")
+    to_utf8(text)
+    return text
+
+
+def _kind(value: object) -> str:
+    """What a value of JSON is called."""
+    names = {type(None): "null", bool: "true or false", str: "a text", list: "an array", dict: "an object"}
+    return names.get(type(value), "a number")

@@ -6,6 +6,7 @@ flushed to the disk and renamed, so that a killed process or a full disk leaves 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import glob
 import hashlib
@@ -16,7 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from golfbook.errors import RunError
+from golfbook.errors import DataError, RunError
+
+ENCODINGS = (  # signatures of texts that are no UTF-8; those of UTF-32 begin like those of UTF-16
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 
 
 def project_root() -> Path:
@@ -25,8 +33,9 @@ def project_root() -> Path:
     ``GOLFBOOK_ROOT`` wins; else the first folder with both ``notebooks`` and ``papermill_jobs`` at or above the working
     folder; else the checkout this package was installed from in editable mode; else the working folder.
     """
-    if os.environ.get("GOLFBOOK_ROOT"):
-        return Path(os.environ["GOLFBOOK_ROOT"]).resolve()
+    given = _from_environment("GOLFBOOK_ROOT")
+    if given:
+        return given
     here = Path.cwd().resolve()
     for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
         if (folder / "notebooks").is_dir() and (folder / "papermill_jobs").is_dir():
@@ -36,17 +45,17 @@ def project_root() -> Path:
 
 def runs_root() -> Path:
     """Folder of all run folders: ``GOLFBOOK_RUNS`` or ``<project>/runs``."""
-    return Path(os.environ.get("GOLFBOOK_RUNS") or project_root() / "runs").resolve()
+    return _from_environment("GOLFBOOK_RUNS") or (project_root() / "runs").resolve()
 
 
 def cache_root() -> Path:
     """Folder of prepared datasets and tokenizers: ``GOLFBOOK_CACHE`` or ``<project>/.cache``. Safe to delete."""
-    return Path(os.environ.get("GOLFBOOK_CACHE") or project_root() / ".cache").resolve()
+    return _from_environment("GOLFBOOK_CACHE") or (project_root() / ".cache").resolve()
 
 
 def figures_root() -> Path:
     """Folder of generated pictures: ``GOLFBOOK_FIGURES`` or ``<project>/figures``."""
-    return Path(os.environ.get("GOLFBOOK_FIGURES") or project_root() / "figures").resolve()
+    return _from_environment("GOLFBOOK_FIGURES") or (project_root() / "figures").resolve()
 
 
 def folders() -> dict[str, str]:
@@ -59,6 +68,22 @@ def folders() -> dict[str, str]:
     }
 
 
+def _from_environment(variable: str) -> Path | None:
+    """Absolute path that an environment variable holds; None where it is unset or empty.
+
+    ``~`` is the home folder also where no shell has replaced it: in a Dockerfile, a .env file, a systemd unit.
+    """
+    value = os.environ.get(variable)
+    return _expanded(value, variable).resolve() if value else None
+
+
+def _expanded(path: str | Path, what: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise RunError(f"{what} {path}: there is no home folder of that name; write the path out") from None
+
+
 def remove_partial(target: Path) -> None:
     """Delete what killed processes left of earlier writes of ``target``; call it only while nobody else writes it."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
@@ -67,7 +92,7 @@ def remove_partial(target: Path) -> None:
 
 def resolve(path: str | Path) -> Path:
     """Absolute form of a path from a config: relative ones are taken from the project root, not the working folder."""
-    path = Path(path).expanduser()
+    path = _expanded(path, "path")
     return path if path.is_absolute() else project_root() / path
 
 
@@ -112,6 +137,21 @@ def atomic_write_bytes(target: str | Path, data: bytes) -> None:
 def atomic_write_json(target: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON to ``target`` atomically."""
     atomic_write_bytes(target, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def decode_text(data: bytes, path: str | Path) -> str:
+    """Text of the UTF-8 file ``path``. A byte-order mark before it is the signature of its encoding, and no text.
+
+    Raises :class:`DataError` naming the file and its encoding, or the line that is no UTF-8.
+    """
+    for signature, encoding in ENCODINGS:
+        if data.startswith(signature):
+            raise DataError(f"{path} is {encoding}; save it as UTF-8 (iconv -f {encoding} -t UTF-8 does that)")
+    try:
+        return data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line}: byte {error.start} is no UTF-8; convert the file to UTF-8") from None
 
 
 def canonical_json(value: Any) -> str:

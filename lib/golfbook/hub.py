@@ -63,10 +63,14 @@ class FineWeb:
 def download_fineweb(folder: str | Path, train_shards: int, endpoint: str | None = None) -> FineWeb:
     """Make sure the tokenizer, all validation shards and the first ``train_shards`` training shards lie in ``folder``.
 
-    Needs no connection once they do. ``endpoint`` is the hub's address (default: ``HF_ENDPOINT``, else the public hub).
+    Once they do, it needs no connection and writes nothing, so that a read-only folder is of use. ``endpoint`` is the
+    hub's address (default: ``HF_ENDPOINT``, else the public hub).
     Raises :class:`DataError` without a connection, for a wrong checksum, and when fewer shards are published.
     """
     folder = Path(folder)
+    found = _complete(folder, train_shards)  # its note is written last, so this needs no lock
+    if found is not None:
+        return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):

@@ -168,7 +168,10 @@ def check_notebook(name: str, parameters: tuple[str, ...]) -> None:
     """Check that a notebook has one cell tagged ``parameters`` and that it assigns each name in ``parameters``."""
     path = notebook_path(name)
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):  # papermill and JupyterLab cannot read it either
+            raise ValueError("it begins with a byte-order mark; save it as UTF-8 without one")
+        cells = json.loads(text)["cells"]
         tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
         sources = [cell["source"] for cell in tagged]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

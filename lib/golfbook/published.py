@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import zstandard
 from torch import Tensor
@@ -26,6 +27,10 @@ from golfbook.model import GPT
 PRESETS = {"pr1166": "pr1166_11l_base", "pr1170": "pr1232_base", "pr1232": "pr1232_base", "pr1406": "pr1406"}
 BANKED = ("pr1166", "pr1406")
 LARGEST = 2**31  # bytes a container may unpack to; the published ones need about 30 MB
+NO_CHECKPOINTS = {  # how files begin that downloads leave in the place of a checkpoint
+    b"<": "a web page and no checkpoint: download the file itself, not the page that shows it",
+    b"version https://git-lfs": "a pointer of Git LFS and no checkpoint: fetch the file itself with git lfs pull",
+}
 BANKS = {
     "qo_bank": ("attn.c_q.weight", "attn.proj.weight"),
     "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
@@ -56,17 +61,18 @@ def load_published(
 ) -> GPT:
     """Build our model from a published checkpoint; float32, in evaluation mode, on the CPU.
 
-    ``source`` is a path (``final_model.pt``, or a quantised ``*.ptz``, told apart by content) or a state dict, banked
-    or not. ``system`` is one of pr1166, pr1170, pr1232, pr1406. Sizes come from the shapes; ``overrides`` gives what
-    shapes cannot tell, as keys of the model section (``{"rope_dims": 8, "xsa": 2}``) or as the published argument names
-    (``xsa_last_n``, ``ve_layers``); everything else is the system's published value.
+    ``source`` is a path (``final_model.pt``, a quantised ``*.ptz`` or safetensors, told apart by content) or a state
+    dict, banked or not; a prefix of all names, such as ``_orig_mod.`` or ``module.``, is left off. ``system`` is one of
+    pr1166, pr1170, pr1232, pr1406. Sizes come from the shapes; ``overrides`` gives what shapes cannot tell, as keys of
+    the model section (``{"rope_dims": 8, "xsa": 2}``) or as the published argument names (``xsa_last_n``,
+    ``ve_layers``); everything else is the system's published value.
 
     Raises :class:`CheckpointError` listing missing and extra keys and wrong shapes, and for a damaged file;
     :class:`ConfigError` for an override that does not exist or does not fit.
     """
     name = system_name(system)
     state = _plain_floats(read_state(source) if isinstance(source, str | Path) else source)
-    state = unbank(state)
+    state = unbank(_without_prefix(state))
     model = GPT(infer_config(state, name, overrides))
     _require_same(state, model.state_dict(), name)
     model.load_state_dict(state)
@@ -132,24 +138,58 @@ def storage_dtype(key: str, value: Tensor) -> torch.dtype:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Read a published ``.pt`` or ``.ptz`` file; quantised tensors come back decoded. Nothing in it is executed.
+    """Read a ``.pt``, ``.ptz`` or ``.safetensors`` file; quantised tensors come back decoded. Nothing is executed.
 
     Raises :class:`CheckpointError` for a file that is missing, damaged, too large when unpacked, or of another kind.
     """
     path = Path(path)
     try:
-        data = _decompress(path.read_bytes())
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # torch raises many kinds for bytes that are no checkpoint or hold more than tensors
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is damaged or no plain checkpoint of tensors: {first}") from None
+    for sign, kind in NO_CHECKPOINTS.items():
+        if data[:1000].lstrip().lower().startswith(sign):
+            raise CheckpointError(f"{path} is {kind}")
+    try:
+        content = _load(_decompress(data))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # torch raises many kinds, with advice to switch its safety off: not repeated here
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found:
+            raise CheckpointError(
+                f"{path} is no plain checkpoint of tensors: it holds the Python object {found[1]}, which could run "
+                "code and is not read; save the tensors alone, with torch.save(model.state_dict(), ...)"
+            ) from None
+        raise CheckpointError(
+            f"{path} is damaged or no plain checkpoint of tensors; copy or download it again"
+        ) from None
     if isinstance(content, dict) and set(content) == {"w", "m"}:
         return _decode(content["w"], content["m"], path)
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{path} does not hold a mapping of names to tensors")
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+    ):
+        held = f"a mapping with the keys {_some(map(repr, content))}" if isinstance(content, dict) else "something else"
+        raise CheckpointError(f"{path} does not hold a mapping of names to tensors, but {held}")
     return content
+
+
+def _load(data: bytes) -> Any:
+    """Content of an unpacked file: safetensors (a length, then JSON), or what torch wrote."""
+    if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8:
+        return safetensors.torch.load(data)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what wrappers put before all their names, such as ``_orig_mod.`` or ``module.``."""
+    prefix = next((key for key in state if key.endswith("tok_emb.weight")), "").removesuffix("tok_emb.weight")
+    other = [key for key in state if not key.startswith(prefix)]
+    if other:
+        raise CheckpointError(
+            f"some names of this state dict begin with '{prefix}' and others do not: {_some(other)}; remove the prefix"
+        )
+    return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
 def infer_config(state: Mapping[str, Tensor], system: str, overrides: Mapping[str, Any] | None = None) -> ModelConfig:

@@ -197,6 +197,8 @@ def _show_context(console: Console, found: list[dict[str, Any]]) -> None:
     if unigram:
         text = " / ".join(f"{value:.4f}" for value in unigram)
         say(console, f"For comparison, the unigram entropy of the validation text is {text} BPB.")
+    for changes in sorted({row["validation_changes"] for row in found if "validation_changes" in row}):
+        say(console, f"What the tokenizer changed in this text: {changes}.")
     sized = [row for row in found if "total_bytes" in row and "limit_bytes" in row]
     if sized:
         largest = max(sized, key=lambda row: row["total_bytes"])

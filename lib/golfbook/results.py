@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from golfbook.config import check_parameters
 from golfbook.errors import RunError, nearest
 from golfbook.files import (
     atomic_path,
@@ -72,6 +73,7 @@ def current_runs(study: str) -> list[Run]:
     removed, its runs stay on the disk but are no longer part of the study; further seeds of a variant are, and so are
     runs that no job ever had (of notebooks executed by hand). Raises :class:`RunError` where there is no such study.
     """
+    check_parameters(study=study)
     known = studies()
     if study not in known:  # a name such as '..' is never among them
         raise RunError(f"there is no study '{study}'{nearest(study, known)} (studies: {', '.join(known) or 'none'})")

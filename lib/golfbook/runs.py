@@ -29,7 +29,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from golfbook import __version__, activity
-from golfbook.config import Config, load_config, validate
+from golfbook.config import Config, check_parameters, load_config, validate
 from golfbook.errors import GolfbookError, RunError
 from golfbook.files import atomic_write_json, project_root, runs_root, sha256_bytes, sha256_file
 
@@ -204,9 +204,12 @@ class Run:
             held.release()
 
     def is_locked(self, name: str) -> bool:
-        """Whether some process holds the lock ``name``."""
+        """Whether some process holds the lock ``name``. Writes nothing where nobody ever held it."""
+        path = self.path / f".{name}.lock"
+        if not path.exists():
+            return False
         try:
-            with FileLock(self.path / f".{name}.lock", timeout=0):
+            with FileLock(path, timeout=0):
                 return False
         except Timeout:
             return True
@@ -216,6 +219,7 @@ class Run:
 
 def run_folder(study: str, variant: str, config: Config) -> Path:
     """Path of the folder a run lives in."""
+    check_parameters(study=study, variant=variant)
     for kind, name in (("study", study), ("variant", variant)):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
             raise RunError(f"{kind} name '{name}' may hold letters, digits, '_', '.', '+' and '-' only")
@@ -261,7 +265,11 @@ def notebook_run(
     run_dir: str = "",
     scale: str = "published",
 ) -> Run:
-    """The run a stage notebook works on: ``run_dir`` where a job gives one, else the folder of its parameters."""
+    """The run a stage notebook works on: ``run_dir`` where a job gives one, else the folder of its parameters.
+
+    Raises :class:`ConfigError` naming a parameter that is of the wrong kind, and how to write it.
+    """
+    check_parameters(run_dir=run_dir)
     if run_dir:
         run = open_run(run_dir)
     else:

@@ -76,7 +76,7 @@ def find_shards(folder: str | Path, kind: Literal["train", "val"]) -> list[Path]
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"shard folder {folder} does not exist")
-    found = sorted(folder.glob(f"*_{kind}_*.bin"))
+    found = sorted(folder.glob(f"[!.]*_{kind}_*.bin"))  # macOS keeps ._NAME beside a file on foreign disks
     if not found:
         raise DataError(f"{folder} holds no shard named '*_{kind}_*.bin' (for example fineweb_{kind}_000000.bin)")
     return found

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from golfbook.errors import ConfigError, nearest
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -98,11 +100,14 @@ def summarize(frame: pd.DataFrame, value: str, by: str | Sequence[str], confiden
 
 
 def paired_by_seed(frame: pd.DataFrame, value: str, a: str, b: str, confidence: float = 0.95) -> Difference:
-    """Compare variants ``a`` and ``b`` of a table of results over the seeds that both have."""
+    """Compare variants ``a`` and ``b`` of a table of results over the seeds that both have.
+
+    Raises :class:`ConfigError` where one of them has no values.
+    """
     wide = frame.pivot_table(index="seed", columns="variant", values=value, aggfunc="mean")
     for variant in (a, b):
         if variant not in wide:
-            raise ValueError(f"no values of '{value}' for the variant '{variant}'")
+            raise ConfigError(f"no values of '{value}' for the variant '{variant}'{nearest(variant, wide.columns)}")
     both = wide[[a, b]].dropna()
     return paired_difference(both[a], both[b], confidence)
 

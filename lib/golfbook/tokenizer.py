@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +49,7 @@ class Tokenizer:
     """A SentencePiece model with the byte table of its vocabulary. Open one with :meth:`load`."""
 
     def __init__(self, model: bytes, path: Path) -> None:
-        """Use :meth:`load`; ``model`` is the content of the ``.model`` file ``path``."""
+        """Use :meth:`load`; ``model`` is the content of the ``.model`` file that messages call ``path``."""
         self.path = path
         self.sha256 = sha256_bytes(model)
         try:
@@ -58,6 +60,7 @@ class Tokenizer:
             raise DataError(f"{path} is no SentencePiece model: {error}") from None
         self.vocab_size = int(self._processor.vocab_size())
         self.bos_id = int(self._processor.bos_id())
+        self.unk_id = int(self._processor.unk_id())
         if not 0 < self.vocab_size <= 65536:
             raise DataError(
                 f"{path}: {self.vocab_size} pieces; token shards hold 16-bit ids, so 1 to 65536 are possible"
@@ -113,6 +116,30 @@ class Tokenizer:
                 )
         return [str(text) for text in self._processor.decode(lists)] if lists else []
 
+    def differences(self, text: str, decoded: str) -> list[tuple[str, str]]:
+        """Pieces of ``text`` that are something else in ``decoded``, which its tokens decode to; in order, no more.
+
+        SentencePiece tells which characters each normalised one comes from. Where the decoder changes more than that
+        (a denormaliser), everything between the first and the last difference is one piece.
+        """
+        normal, origin = self._processor.normalize(text, with_offsets=True)
+        first = len(normal) - len(decoded)  # the decoder swallows a space that stands before the first word
+        before, between, after = (_code_points(t) for t in (text, normal[first:] if first in (0, 1) else "", decoded))
+        if len(between) != len(after) or not ((between == after) | (between == ord(SPACE))).all():
+            return [_without_ends(text, decoded)] if text != decoded else []
+        source = np.array(origin[first:])  # where in ``text`` each decoded character begins; the end of all of it
+        # between two edges, one or several decoded characters come from one or several of the text
+        edges = np.unique([0, *(np.flatnonzero(np.diff(source) > 0) + 1), len(decoded)])
+        start, stop = edges[:-1], edges[1:]
+        kept = (stop - start == 1) & (source[stop] - source[start] == 1)
+        kept[kept] = before[source[start[kept]]] == after[start[kept]]
+        pairs = [
+            (text[: source[0]], ""),
+            *((text[source[a] : source[b]], decoded[a:b]) for a, b in edges[np.flatnonzero(~kept)[:, None] + [0, 1]]),
+            (text[source[-1] :], ""),
+        ]
+        return [_without_ends(a, b) for a, b in pairs if a != b]
+
     def token_bytes(self, tokens: Array) -> Array:
         """Bytes of the targets ``tokens[1:]`` given their predecessors ``tokens[:-1]``: (n,) for n + 1 tokens.
 
@@ -162,6 +189,22 @@ def to_utf8(text: str) -> bytes:
         ) from None
 
 
+def _code_points(text: str) -> Array:
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def _without_ends(a: str, b: str) -> tuple[str, str]:
+    """Two texts without the characters that they begin and end with alike."""
+
+    def alike(a: Iterable[str], b: Iterable[str]) -> int:
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+    start = alike(a, b)
+    a, b = a[start:], b[start:]
+    stop = alike(reversed(a), reversed(b))
+    return a[: len(a) - stop], b[: len(b) - stop]
+
+
 @dataclass(frozen=True)
 class Audit:
     """Result of encoding documents with every byte accounted for."""
@@ -170,7 +213,8 @@ class Audit:
     lengths: Array  # int64 (documents,): tokens of each document, its BOS included
     original_bytes: Array  # int64 (documents,): UTF-8 bytes of each document as it was given
     decoded_bytes: Array  # int64 (documents,): UTF-8 bytes of each document as its tokens decode
-    changed_documents: int  # documents that do not decode to what they were (normalisation)
+    changed_characters: Array  # int64 (documents,): characters that decode to something else, or to nothing
+    examples: list[str]  # of each document: the change that occurs most often, such as "'A' became 'a'"; "" without
 
 
 def audit_documents(tokenizer: Tokenizer, documents: Sequence[str], split: str) -> Audit:
@@ -181,35 +225,83 @@ def audit_documents(tokenizer: Tokenizer, documents: Sequence[str], split: str) 
     parts: list[Array] = []
     lengths = np.zeros(len(documents), np.int64)
     original, decoded = np.zeros_like(lengths), np.zeros_like(lengths)
-    changed = 0
+    changed, examples = np.zeros_like(lengths), [""] * len(documents)
     bos = np.array([tokenizer.bos_id], np.uint16)
     for start in range(0, len(documents), BATCH):
         texts = documents[start : start + BATCH]
         encoded = [np.concatenate([bos, ids]) for ids in tokenizer.encode_batch(texts)]
-        back = check_documents(tokenizer, encoded, split, start)
+        back = check_documents(tokenizer, encoded, split, start, texts)
         for i, (text, ids, again) in enumerate(zip(texts, encoded, back, strict=True), start):
             lengths[i], original[i], decoded[i] = ids.size, len(text.encode()), len(again.encode())
-            changed += text != again
+            if text != again:
+                pairs = tokenizer.differences(text, again)
+                changed[i] = sum(max(len(a), 1) for a, _ in pairs)  # what was put in between counts as one
+                examples[i] = _example(*Counter(pairs).most_common(1)[0][0])
         parts += encoded
     tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint16)
-    return Audit(tokens, lengths, original, decoded, changed)
+    return Audit(tokens, lengths, original, decoded, changed, examples)
 
 
-def check_documents(tokenizer: Tokenizer, encoded: Sequence[Array], split: str, start: int = 0) -> list[str]:
+def describe_changes(changed_characters: Array, examples: Sequence[str]) -> str:
+    """Say what a tokenizer changed in documents, in words: how much, in how many of them, and an example."""
+    count, documents = int((changed_characters > 0).sum()), len(changed_characters)
+    if not count:
+        return f"nothing; each of {documents:,} documents decodes to what it was"
+    return (
+        f"{int(changed_characters.sum()):,} characters in {count:,} of {documents:,} documents decode to something "
+        f"else, for example {examples[int(changed_characters.argmax())]}"
+    )
+
+
+def _example(a: str, b: str, most: int = 20) -> str:
+    a, b = (text if len(text) <= most else text[:most] + "…" for text in (a, b))
+    alike = unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)  # to the eye
+    spell = ascii if alike else repr
+    return f"{spell(a) if a else 'nothing'} became {spell(b) if b else 'nothing'}"
+
+
+def check_documents(
+    tokenizer: Tokenizer, encoded: Sequence[Array], split: str, start: int = 0, originals: Sequence[str] | None = None
+) -> list[str]:
     """Decode documents given as tokens from BOS on, and compare their bytes with the table's.
 
-    Returns the decoded texts. Raises :class:`ByteAccountingError`; ``start`` is the number of the first document.
+    Returns the decoded texts. Raises :class:`ByteAccountingError` naming the document and the cause; ``start`` is the
+    number of the first document, ``originals`` what the tokens were made of, where that is known.
     """
     texts = tokenizer.decode_batch(encoded)
-    for i, (ids, text) in enumerate(zip(encoded, texts, strict=True), start):
+    for i, (ids, text) in enumerate(zip(encoded, texts, strict=True)):
         table, real = int(tokenizer.token_bytes(ids).sum(dtype=np.int64)), len(text.encode())
         if table != real:
+            original = originals[i] if originals is not None else None
+            words = " ".join((original or text)[:200].split())[:60]
+            cause, advice = _cause(tokenizer, ids, original)
             raise ByteAccountingError(
-                f"{split} document {i}: the byte table of {tokenizer.path} gives {table} bytes, its tokens decode to "
-                f"{real} bytes{_culprit(tokenizer, ids)}. Bits per byte would be wrong, so nothing is scored: use a "
-                "tokenizer with byte fallback, or leave data.tokenizer empty to train one"
+                f"{split} document {start + i}, which begins {words!r}: the byte table of {tokenizer.path} gives "
+                f"{table} bytes, its tokens decode to {real} bytes{cause}. Bits per byte would be wrong, so nothing is "
+                f"scored: {advice}"
             )
     return texts
+
+
+def _cause(tokenizer: Tokenizer, ids: Array, original: str | None) -> tuple[str, str]:
+    """Why the bytes of a document do not add up, and what to do about it."""
+    train = "or leave data.tokenizer empty to train one"
+    for position in np.flatnonzero(ids == tokenizer.unk_id)[:1]:
+        lacking = [c for c in dict.fromkeys(original or "") if tokenizer.unk_id in tokenizer.encode(c)]
+        what = f"{lacking[0]!r} (U+{ord(lacking[0]):04X})" if lacking else "a character"
+        token = f"token {position}, id {tokenizer.unk_id} '{tokenizer.piece(tokenizer.unk_id)}'"
+        return f"; {token}, stands for {what}, which has no piece", f"use a tokenizer with byte fallback, {train}"
+    known = [not tokenizer.is_byte(token) for token in ids.tolist()]
+    for plain, run in itertools.groupby(range(len(ids)), known.__getitem__):
+        places = list(run)
+        spelt = b"" if plain else bytes(int(tokenizer.piece(ids[i])[3:5], 16) for i in places)  # of <0xE2>
+        try:
+            spelt.decode()
+        except UnicodeDecodeError as error:
+            part = spelt[error.start : error.end].hex(" ")
+            what = f"; from token {places[error.start]} on it has the bytes {part}, no whole character"
+            return f"{what}: the document was cut inside one", "cut between characters when you write the shards"
+    return _culprit(tokenizer, ids), f"use another tokenizer, {train}"
 
 
 def _culprit(tokenizer: Tokenizer, ids: Array) -> str:

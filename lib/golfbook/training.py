@@ -268,6 +268,7 @@ class Trainer:
                 "processes": self.world,
                 "dataset_fingerprint": data.fingerprint,
                 "unigram_bpb": data.info["unigram_bpb"],
+                "validation_changes": data.info["validation_changes"],
                 "peak_memory_bytes": devices.peak_memory_bytes(self.device),
             },
             reads={"dataset": data.fingerprint},
