@@ -3,7 +3,7 @@
     python tests/other_pythons.py [--versions 3.12 3.13] [--tests model scoring ...]
 
 Of the Pythons that the project admits (the classifiers of pyproject.toml) it takes the newest that is installed here,
-other than the one that runs this; or those named. Each gets an environment of its own, ``.venv-3.X``, which is kept: with
+other than the one that runs this; or those named. Each gets an environment of its own, ``.venv-3.X``, kept: with
 torch it takes gigabytes. Ends with status 1 where tests fail or a Python that was named is missing, and with status 0,
 loudly, where there is no other Python.
 """
