@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 
-.PHONY: help run test test-all lint lab figures bench gpu-check clean
+.PHONY: help run test test-all test-oldest test-pythons lint lab figures bench gpu-check clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("golfbook needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
@@ -23,6 +24,18 @@ test: $(VENV)/.ready lint  ## lint, types and all tests but the long ones
 test-all: $(VENV)/.ready lint  ## every test
 	$(BIN)/python -m pytest -n 2
 
+$(OLDEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	sed -nE 's/^ +"([A-Za-z0-9_-]+)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[all]'
+	@touch $@
+
+test-oldest: $(OLDEST)/.ready  ## all tests but the long ones with the oldest packages that pyproject.toml admits
+	$(OLDEST)/bin/python -m pytest -n 2 -m 'not slow'
+
+test-pythons: $(VENV)/.ready  ## some tests under another Python of this machine, in an environment of its own
+	$(BIN)/python tests/other_pythons.py
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,8 +51,8 @@ figures: $(VENV)/.ready  ## make the README's figures again from the quickstart 
 bench: $(VENV)/.ready  ## run the benchmarks; each prints both sides
 	@for f in tests/benchmarks/bench_*.py; do echo "== $$f"; $(BIN)/python $$f || exit 1; done
 
-gpu-check: $(VENV)/.ready  ## benchmarks, equalities and a 200-step run on the CUDA device that is there, into one JSON
+gpu-check: $(VENV)/.ready  ## equalities, speeds, scoring and a 200-step run on the CUDA device that is there, into one JSON
 	$(BIN)/python tests/gpu_check.py
 
 clean:  ## remove the environment and caches, not the runs
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv* .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

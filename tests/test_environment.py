@@ -17,6 +17,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import other_pythons
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
@@ -46,6 +48,30 @@ def test_python_is_pinned_to_a_minor_that_the_project_takes() -> None:
     pin = conda_packages()["python"]
     assert re.fullmatch(r"3\.\d+", pin)
     assert Version(f"{pin}.99") in SpecifierSet(PROJECT["requires-python"])
+
+
+def test_every_python_of_the_classifiers_is_admitted() -> None:
+    versions = other_pythons.admitted()
+    assert versions[0] == PROJECT["requires-python"].removeprefix(">=") and conda_packages()["python"] in versions
+
+
+def test_a_name_on_path_that_starts_no_python_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    switch, real = tmp_path / "bin" / "python3.99", tmp_path / "versions" / "3.99.1" / "bin" / "python3.99"
+    for path, text in ((switch, "exit 127"), (real, f'exec "{sys.executable}" "$@"')):
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{switch.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "nowhere"))
+    assert other_pythons.find("3.99") is None
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    assert other_pythons.find("3.99") == Path(sys.executable)
+
+
+def test_no_other_python_is_said_loudly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(other_pythons, "find", lambda version: None)
+    assert other_pythons.main([]) == 0 and "NO OTHER PYTHON WAS TESTED" in capsys.readouterr().out
+    assert other_pythons.main(["--versions", "3.99"]) == 1
 
 
 def test_pip_installs_the_project_last_and_nothing_else() -> None:
