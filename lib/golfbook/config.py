@@ -22,10 +22,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from golfbook.errors import ConfigError, DataError, nearest
 from golfbook.files import canonical_json, decode_text, resolve, sha256_bytes
 from golfbook.settings import (
-    LARGEST,
     BudgetConfig,
     DataConfig,
     ModelConfig,
+    NonNegative,
     QuantizeConfig,
     ScoreConfig,
     Section,
@@ -51,7 +51,7 @@ class Config(Section):
     """Everything that decides what a run computes; equal configs have equal hashes and share a run folder."""
 
     preset: str = Field("custom", description="name of the preset this config started from")
-    seed: int = Field(1, ge=0, le=2**63 - 1, description="what a table of results can hold: 64 bits with a sign")
+    seed: NonNegative = 1
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
