@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from golfbook.errors import ConfigError, DataError, nearest
 from golfbook.files import canonical_json, decode_text, resolve, sha256_bytes
 from golfbook.settings import (
+    LARGEST,
     BudgetConfig,
     DataConfig,
     ModelConfig,
