@@ -1,6 +1,7 @@
 """A small project for tests of the job runner: notebooks that write results through golfbook.runs, and train nothing.
 
-A file ``<fault>-<variant>-s<seed>`` in the project folder makes the training notebook of that run misbehave.
+A file ``<fault>-<variant>-s<seed>`` in the project folder makes the training notebook of that run misbehave, or start
+what the rest of the library takes for its trainer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import psutil
 import pytest
 import yaml
 
@@ -51,6 +53,17 @@ def fault(name):
     return (project_root() / f"{name}-{run.variant}-s{seed}").exists()
 """
 
+TRAINER = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[-1])
+def save(*_):
+    (folder / "saved.txt").touch()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv else save)
+(folder / "training.txt").touch()
+time.sleep(300)
+"""
+
 TRAINING = [
     """
 if fault("kill"):
@@ -63,6 +76,11 @@ if fault("data"):
     raise DataError("shard 7 is one byte short; download it again")
 """,
     """
+if fault("trainer") or fault("stubborn"):
+    from fixture_project import start_trainer
+    trainer = start_trainer(run.path, stubborn=fault("stubborn"))
+    while fault("trainer") or fault("stubborn"):
+        time.sleep(0.1)
 step = max([p["step"] for p in run.read_metrics()], default=0)
 while step < 40:
     step += 10
@@ -115,9 +133,12 @@ run.write_result(
 VALUE = "def value_of(run):\n    return run.read_result('training')['val_bpb']"
 
 FIGURE = """
+import subprocess, sys
 from golfbook.files import figures_root, project_root, runs_root
 count = len(list((runs_root() / study).glob("*/result.test_time_training.json")))
 (figures_root() / f"{study}_seeds.png").write_text(f"{count} runs")
+other = f"import pathlib; pathlib.Path({str(figures_root() / 'of_another.png')!r}).touch()"
+subprocess.run([sys.executable, "-c", other], check=True)
 with (project_root() / "figure_count.txt").open("a") as stream:
     stream.write("x")
 """
@@ -134,8 +155,9 @@ class Project:
     """A temporary project folder with a job file."""
 
     def __init__(self, root: Path) -> None:
+        root.mkdir(exist_ok=True)
         self.root, self.runs, self.job = root, root / "runs", root / "papermill_jobs" / "job.yaml"
-        self.output = ""
+        self.output, self.temporary = "", root / "t"
         for name in ("notebooks", "papermill_jobs", "figures"):
             (root / name).mkdir()
         notebook(root / "notebooks/03_training.ipynb", PARAMETERS, [OPEN, *TRAINING])
@@ -143,6 +165,10 @@ class Project:
         notebook(root / "notebooks/05_test_time_training.ipynb", PARAMETERS, [OPEN, VALUE, *SCORING])
         notebook(root / "notebooks/10_seeds.ipynb", "study: str = 'small'", [FIGURE])
         self.write_job()
+        self.temporary.mkdir()
+        spec = root / "jupyter/kernels/python3/kernel.json"
+        spec.parent.mkdir(parents=True)
+        spec.write_text(json.dumps({"argv": ["/another/python", "-f", "{connection_file}"], "display_name": "other"}))
 
     def write_job(self, **changes: Any) -> Path:
         """Write the job file; a value of None removes its key."""
@@ -174,7 +200,16 @@ class Project:
         return [sys.executable, "-m", "golfbook.cli", *arguments]
 
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "GOLFBOOK_ROOT": str(self.root), "GOLFBOOK_RUNS": str(self.runs), "COLUMNS": "160"}
+        """With another environment's kernel named python3, a temporary folder of its own, and this module."""
+        return {
+            **os.environ,
+            "GOLFBOOK_ROOT": str(self.root),
+            "GOLFBOOK_RUNS": str(self.runs),
+            "COLUMNS": "160",
+            "JUPYTER_PATH": str(self.root / "jupyter"),
+            "TMPDIR": str(self.temporary),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        }
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start the command line in the background, in a process group of its own."""
@@ -188,6 +223,22 @@ class Project:
         return subprocess.run(
             self.command(*arguments), env=self.environment(), cwd=self.root, text=True, capture_output=True, timeout=120
         )
+
+
+def start_trainer(folder: Path, *, stubborn: bool = False, job: bool = True) -> subprocess.Popen[bytes]:
+    """Start a detached process that looks like the trainer of a run folder; a stubborn one does not heed SIGTERM."""
+    kind = "stubborn" if stubborn else "obedient"
+    command = [sys.executable, "-c", TRAINER, kind, "torch.distributed.run", "-m", "golfbook.training", str(folder)]
+    process = subprocess.Popen(command, start_new_session=True)
+    (folder / "trainer.json").write_text(json.dumps({"pid": process.pid, "job": job}))
+    wait_for((folder / "training.txt").exists, "the trainer has begun")
+    return process
+
+
+def trainers(folder: Path) -> set[str]:
+    """Names of the run folders below a folder on which a process works as a trainer."""
+    words = [process.info["cmdline"] or [""] for process in psutil.process_iter(["cmdline"])]
+    return {Path(w[-1]).name for w in words if "golfbook.training" in w and w[-1].startswith(str(folder))}
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:

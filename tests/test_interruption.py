@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from fixture_project import Project, kill, wait_for
+from fixture_project import Project, kill, trainers, wait_for
+from golfbook import jobs
+from golfbook.interrupts import Interrupts
 
 
 @pytest.fixture
@@ -79,3 +82,78 @@ def test_stopping_in_order_keeps_everything_and_says_how_to_go_on(project: Proje
     assert project.results() == {}, "a stopped stage has not failed"
     if number == signal.SIGINT:
         finish(project)
+
+
+def start_trainers(project: Project, kind: str, *runs: str) -> subprocess.Popen[str]:
+    """Start a job whose notebooks wait for detached trainers; wait until these are there."""
+    for run in runs:
+        project.fault(kind, run)
+    process = project.start("run", "papermill_jobs/job.yaml")
+    wait_for(lambda: len(list(project.runs.glob("small/*/training.txt"))) == len(runs), "the trainers have begun")
+    return process
+
+
+def test_pressing_ctrl_c_again_ends_trainers_that_do_not_heed(project: Project) -> None:
+    project.write_job(stages=["training"], variants={"xsa": {}, "no_xsa": {"model.xsa": 0}}, figures=None, workers=2)
+    process = start_trainers(project, "stubborn", "xsa-s1", "no_xsa-s1")
+    for _ in range(3):
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+    output = process.communicate(timeout=30)[0]
+    assert not trainers(project.runs)
+    assert process.returncode == 130 and "Stopped. Everything so far is kept; go on with: golfbook run" in output
+    assert not list(project.temporary.iterdir())
+
+
+def test_trainers_are_asked_for_a_checkpoint_when_the_terminal_closes(project: Project) -> None:
+    process = start_trainers(project, "trainer", "xsa-s1")
+    process.send_signal(signal.SIGHUP)
+    output = process.communicate(timeout=30)[0]
+    assert not trainers(project.runs) and (project.folder() / "saved.txt").exists()
+    assert process.returncode == 130 and "Stopped." in output
+
+
+def test_a_killed_kernel_takes_its_trainer_along_before_the_next_run(project: Project) -> None:
+    project.write_job(stages=["training"], variants={"xsa": {}, "next": {"model.xsa": 0}}, figures=None, workers=1)
+    process = start_trainers(project, "trainer", "xsa-s1")
+    kill(int((project.folder() / "pid.txt").read_text()))
+    output = process.communicate(timeout=60)[0]
+    assert not trainers(project.runs) and process.returncode == 1
+    assert "FAILED xsa-s1, training: the kernel of" in output and "Its trainer was stopped" in output
+    saved, begun = project.folder() / "saved.txt", project.folder("next-s1") / "pid.txt"
+    assert saved.stat().st_mtime_ns < begun.stat().st_mtime_ns
+
+
+def test_a_progress_that_cannot_be_shown_ends_the_trainers_too(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in project.environment().items():
+        monkeypatch.setenv(name, value)
+    project.fault("trainer")
+
+    def closed(_: jobs.Progress) -> None:
+        if trainers(project.runs):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        jobs.run(jobs.plan(project.job), closed)
+    assert not trainers(project.runs)
+
+
+def test_interrupts_are_counted_and_what_was_ignored_stays_ignored() -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupts.count == 0
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupts.count == 1, "both at once are one press"
+            time.sleep(0.15)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupts.count == 2
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGHUP, previous)

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pandas as pd
 import pytest
 from rich.console import Console
 
-from fixture_project import Project
-from golfbook import activity, jobs, reports, results
+from fixture_project import Project, start_trainer, trainers
+from golfbook import activity, execution, jobs, reports, results, writes
 from golfbook.config import load_config
 from golfbook.errors import RunError
 from golfbook.files import sha256_file
+from golfbook.interrupts import Interrupts
 from golfbook.plan import PlannedRun
 from golfbook.runs import STAGES, create_run
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A job that has been run to its end, with what it printed."""
-    project = Project(tmp_path_factory.mktemp("finished"))
+    """A job that has been run to its end, with what it printed. The folder's name looks like a template."""
+    project = Project(tmp_path_factory.mktemp("finished") / "a {seed} {} $$")
     done = project.call("run", "papermill_jobs/job.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     project.output = done.stdout
@@ -133,6 +140,89 @@ def test_figures_are_drawn_again_when_the_library_changed(finished: Project) -> 
     done = finished.call("run", "papermill_jobs/job.yaml", "--redraw")
     assert done.returncode == 0 and "Nothing to do" not in done.stdout
     assert len(count.read_text()) == drawn + 2, "drawn again though it is current"
+
+
+def test_a_figure_lists_what_its_own_notebook_wrote(finished: Project) -> None:
+    assert (finished.root / "figures/of_another.png").is_file(), "written meanwhile, by another process"
+    record = json.loads((finished.runs / "small/figures.10_seeds.json").read_text())
+    assert record["outputs"] == ["small_seeds.png"] and "of_another" not in finished.output
+
+
+def test_the_files_a_process_writes_are_noted_whatever_writes_them(tmp_path: Path) -> None:
+    code = """
+import pathlib, sys
+from golfbook.files import atomic_write_bytes
+from golfbook.writes import note_writes
+folder = pathlib.Path(sys.argv[1])
+note_writes(sys.argv[1], sys.argv[2])
+atomic_write_bytes(folder / "renamed.png", b"1")
+(folder / "opened.png").write_text("2")
+(folder / "gone.png").write_text("3")
+(folder / "gone.png").unlink()
+(folder.parent / "elsewhere.png").write_text((folder / "opened.png").read_text())
+"""
+    folder, record = tmp_path / "figures", tmp_path / "record"
+    folder.mkdir()
+    (folder / "before.png").touch()
+    assert writes.noted(record) == []
+    subprocess.run([sys.executable, "-c", code, str(folder), str(record)], check=True)
+    assert writes.noted(record) == [folder / "renamed.png", folder / "opened.png"]
+
+
+def test_nothing_is_left_in_the_temporary_folder(finished: Project) -> None:
+    assert not list(finished.temporary.iterdir())
+
+
+def test_private_folders_of_dead_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = tmp_path / "golfbook-dead"
+    (dead / "kernel").mkdir(parents=True)
+    dead.with_suffix(".lock").touch()
+    with execution.private_folder() as living, execution.private_folder() as second:
+        assert not dead.exists() and living.is_dir() and second.is_dir() and living != second
+        assert living.stat().st_mode & 0o777 == 0o700
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("ending", "cause"), [("exit 7", "ended with status 7"), ("kill -9 $$", "killed by SIGKILL")])
+def test_a_kernel_that_does_not_start_is_explained(
+    project: Project, monkeypatch: pytest.MonkeyPatch, ending: str, cause: str
+) -> None:
+    python = project.root / "python"
+    python.write_text(f"#!/bin/sh\necho 'the disk is on fire' >&2\n{ending}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("golfbook.interpreter.sys", types.SimpleNamespace(executable=str(python)))
+    with pytest.raises(RunError, match=f"(?s)no kernel could be started by .*{cause}.*the disk is on fire") as error:
+        execution.execute(project.root / "notebooks/10_seeds.ipynb", project.root / "out.ipynb", {}, project.root)
+    assert "is ipykernel installed" not in str(error.value)
+
+
+def test_a_slow_disk_has_time_to_start_a_kernel(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("papermill.execute_notebook", lambda *paths, **options: given.update(options))
+    execution.execute(project.root / "notebooks/10_seeds.ipynb", project.root / "out.ipynb", {}, project.root)
+    assert given["start_timeout"] >= 30 * 60
+
+
+def test_trainers_of_an_earlier_call_come_first_and_are_never_too_many(project: Project) -> None:
+    """Of a job with one worker, two runs are being trained; and one of no job any more, and one by hand."""
+    training_only(project, seeds=[1, 2, 3])
+    made = dataclasses.replace(jobs.plan(project.job), workers=1)
+    job = jobs._Job(made, print, Interrupts())
+    config = load_config("quickstart", seed=9)
+    former, by_hand = (create_run("small", name, config) for name in ("former", "by_hand"))
+    processes = [start_trainer(planned.path) for planned in made.runs[1:]]
+    processes += [start_trainer(former.path), start_trainer(by_hand.path, job=False)]
+    try:
+        order = job._take_up(job.statuses)
+        assert [status.planned.run.config.seed for status in order] == [2, 3, 1]
+        assert trainers(project.runs) == {made.runs[1].path.name, by_hand.path.name}
+        assert (former.path / "saved.txt").exists() and (made.runs[2].path / "saved.txt").exists()
+        notes = "\n".join(job.notes)
+        assert f"{former.name}, which is no longer part of this job, was stopped" in notes and by_hand.name in notes
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_redraw_executes_no_run(project: Project) -> None:

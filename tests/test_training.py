@@ -8,7 +8,10 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 import time
 import types
 from pathlib import Path
@@ -18,8 +21,10 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.elastic.utils.api import macros
 
-from golfbook import devices, launcher, runs, stages, training
+from fixture_project import start_trainer
+from golfbook import devices, files, launcher, runs, stages, training
 from golfbook.checkpoints import load_model, read_progress
 from golfbook.config import load_config
 from golfbook.errors import CheckpointError, RunError
@@ -231,6 +236,89 @@ def test_a_rank_that_dies_ends_the_run_by_name_and_it_resumes(corpus_file):
     assert same(load_file(run.checkpoint_path), load_file(whole.checkpoint_path))
 
 
+def test_a_trainer_is_known_by_its_command_line(corpus_file, monkeypatch):
+    """Whatever becomes of the note about it and of the clock: nobody starts a second one, and stopping ends it."""
+    run = make_run(corpus_file, "known", **{"train.steps": 100_000})
+    try:
+        assert launcher.launch(run)
+        first = launcher.trainers()[run.path]
+        (run.path / "trainer.json").unlink()  # as if the process had died that started it
+        assert not launcher.launch(run) and launcher.is_running(run)
+        assert json.loads((run.path / "trainer.json").read_text())["pid"] == first
+        created = psutil.Process.create_time
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 3600)
+        assert launcher.is_running(run) and not launcher.launch(run)
+        assert launcher.stop(run) == []
+        assert not workers(run) and not launcher.is_running(run)
+    finally:
+        for process in workers(run):
+            process.kill()
+
+
+def test_trainers_that_do_not_heed_are_killed_together(corpus_file):
+    pair = [make_run(corpus_file, name) for name in ("one", "two")]
+    processes = [start_trainer(run.path, stubborn=True) for run in pair]
+    try:
+        assert launcher.stop(pair[0], timeout=0.5) == []
+        assert not workers(pair[0]) and workers(pair[1])
+        assert launcher.stop(*pair, hurry=lambda: True) == [] and not workers(pair[1])
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_worker_without_its_launcher_trains_nothing(corpus_file):
+    run = make_run(corpus_file, "orphan")
+    done = subprocess.run(
+        [sys.executable, "-m", "golfbook.training", str(run.path)], env={**os.environ, "TORCHELASTIC_RUN_ID": "gone"}
+    )
+    assert done.returncode == 3 and run.state("training") == "missing" and not run.checkpoint_path.exists()
+
+
+def test_the_trainer_gets_nothing_that_launchers_leave_in_the_environment(corpus_file, monkeypatch):
+    foreign = ("PET_NNODES", "MASTER_ADDR", "RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID", "LOGLEVEL")
+    for name in (*foreign, "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "nowhere")
+    monkeypatch.setenv("MY_RANK", "kept")
+    given = launcher.environment(make_run(corpus_file, "shielded"))
+    assert not given.keys() & set(foreign) and given["MY_RANK"] == "kept"
+    addresses = psutil.net_if_addrs()[given["GLOO_SOCKET_IFNAME"]]
+    assert "127.0.0.1" in [address.address for address in addresses]
+
+
+def test_a_run_folder_is_no_template(corpus_file, monkeypatch):
+    monkeypatch.setenv("GOLFBOOK_RUNS", str(corpus_file.parent / "$$ ${local_rank} {x} [y]*"))
+    run = make_run(corpus_file, "odd")
+    words = launcher.command(run)
+    assert macros.substitute(words, "7")[-1] == str(run.path)
+    assert launcher._works_on(words) == (run.path, True)
+    assert launcher._works_on(["python", "-u", "-m", "golfbook.training", str(run.path)]) == (run.path, False)
+
+
+CAN_RENAME = shutil.which("unshare") and subprocess.run(["unshare", "-u", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not CAN_RENAME, reason="NOT TESTED: only root may give a process another host name, by unshare -u")
+def test_two_processes_train_where_the_host_name_does_not_resolve(corpus_file, monkeypatch):
+    popen = subprocess.Popen
+
+    def renamed(command, **options):
+        return popen(["unshare", "-u", "sh", "-c", 'hostname no-such-name; exec "$@"', "sh", *command], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", renamed)
+    monkeypatch.setenv("PET_NNODES", "2")
+    run = make_run(corpus_file, "nameless", **{"train.processes": 2})
+    launcher.launch(run)
+    deadline = time.monotonic() + 60  # the wait for a name takes ten minutes
+    try:
+        while launcher.is_running(run):
+            assert time.monotonic() < deadline, launcher.log_tail(run)
+            time.sleep(0.1)
+    finally:
+        launcher.stop(run, hurry=lambda: True)
+    assert run.is_done("training"), launcher.log_tail(run)
+
+
 @pytest.mark.slow
 def test_killed_twenty_times_at_random_points_the_weights_are_those_of_a_straight_run(corpus_file):
     settings = {"train.steps": 1500, "train.checkpoint_every": 7, "train.log_every": 5}
@@ -431,6 +519,10 @@ def test_what_killed_processes_leave_behind_is_cleaned_and_read_over(corpus_file
     left.write_bytes(b"half a checkpoint")
     train_here(run)
     assert not left.exists()
+    odd = run.path / ".a[1].bin.abc123.tmp"
+    odd.touch()
+    files.remove_partial(run.path / "a[1].bin")
+    assert not odd.exists()
     points = run.read_metrics()
     with run.metrics_path.open("ab") as stream:
         stream.write(b'{"kind": "train", "st')
