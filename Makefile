@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
-.PHONY: help run test test-all test-oldest test-pythons lint lab figures bench gpu-check clean
+.PHONY: help run test test-all test-portable test-oldest test-pythons lint lab figures bench gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
@@ -21,8 +21,13 @@ run: $(VENV)/.ready  ## train, quantise, score and plot the quickstart study on 
 test: $(VENV)/.ready lint  ## lint, types and all tests but the long ones
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
-test-all: $(VENV)/.ready lint  ## every test
+test-all: $(VENV)/.ready lint  ## every test, and make test-portable
 	$(BIN)/python -m pytest -n 2
+	$(MAKE) test-portable
+
+test-portable: $(VENV)/.ready  ## the numerical tests under emulated processors, and some tests under another Python
+	$(BIN)/python tests/portable.py
+	$(BIN)/python tests/other_pythons.py
 
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)

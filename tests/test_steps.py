@@ -130,6 +130,7 @@ def test_precision_is_what_was_measured(monkeypatch):
         seconds={"precision, short": {"float32": 0.06, "bfloat16": 0.04}},
     )
     config = tiny(**{"train.precision": "auto"})
+    monkeypatch.setattr(devices, "_current", devices.Choices())
     assert devices.choose_precision(config) == ("float32", "nothing was measured on this machine")
     monkeypatch.setattr(devices, "_current", measured)
     assert devices.choose_precision(config) == ("bfloat16", "measured: float32 60 ms, bfloat16 40 ms")
