@@ -378,7 +378,7 @@ class _Job:
                 if status.state == "failed" or stage in status.finished:
                     done += cost
                 elif stage == "training":  # also what an earlier call left of it
-                    done += cost * _trained_steps(status.planned) / status.planned.config.train.steps
+                    done += cost * launcher.trained_steps(status.planned.run) / status.planned.config.train.steps
         return min(1.0, done / total)
 
     def _tell(self) -> None:
@@ -393,7 +393,7 @@ class _Job:
             if status.state == "running":
                 steps = ""
                 if status.stage == "training":
-                    steps = f" {_trained_steps(status.planned)}/{status.planned.config.train.steps}"
+                    steps = f" {launcher.trained_steps(status.planned.run)}/{status.planned.config.train.steps}"
                 busy.append(f"{status.planned.name} {status.stage}{steps}")
         busy += [f"figure {figure.name}" for figure in self.figures if figure.state == "running"]
         self.on_progress(Progress(fraction, left, seconds, tuple(busy)))
@@ -412,20 +412,6 @@ def _environment(planned: PlannedRun, gpus: list[str]) -> dict[str, str]:
     if gpus:
         extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: planned.config.train.processes])
     return {**os.environ, **extra}
-
-
-def _trained_steps(planned: PlannedRun) -> int:
-    """Last step noted in the metrics of a run; only the end of the file is read."""
-    try:
-        with planned.run.metrics_path.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 2000))
-            lines = stream.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            return min(int(json.loads(line)["step"]), planned.config.train.steps)
-    return 0
 
 
 if __name__ == "__main__":
