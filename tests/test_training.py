@@ -131,7 +131,10 @@ def workers(run: Run) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("victim", ["worker", "launcher"])
-def test_killed_trainer_is_reported_and_resumes_to_the_same_weights(corpus_file, victim):
+def test_killed_trainer_is_reported_and_resumes_to_the_same_weights(corpus_file, victim, tmp_path, monkeypatch):
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     whole = train_here(make_run(corpus_file, "whole", **{"train.steps": 300}))
     run = make_run(corpus_file, "killed", **{"train.steps": 300})
     launcher.launch(run)
@@ -153,7 +156,7 @@ def test_killed_trainer_is_reported_and_resumes_to_the_same_weights(corpus_file,
     assert updates
     assert same(load_file(run.checkpoint_path), whole)
     assert launcher.follow(run) == result  # re-attaching to a finished run reads its result
-    assert not workers(run)
+    assert not workers(run) and not list(temporary.iterdir())
 
 
 def test_a_trainer_found_dying_is_started_again(corpus_file, monkeypatch):

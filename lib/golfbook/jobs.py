@@ -383,7 +383,7 @@ class _Job:
                 if status.state == "failed" or stage in status.finished:
                     done += cost
                 elif stage == "training":  # also what an earlier call left of it
-                    done += cost * _trained_steps(status.planned) / status.planned.config.train.steps
+                    done += cost * launcher.trained_steps(status.planned.run) / status.planned.config.train.steps
         return min(1.0, done / total)
 
     def _tell(self) -> None:
@@ -421,24 +421,10 @@ def _doing(status: RunStatus) -> str:
     """The stage of a running run, with the steps it has trained, and what else is being done in it."""
     words, what = status.stage, activity.now(status.planned.path, status.since)
     if status.stage == "training":
-        steps = _trained_steps(status.planned)
+        steps = launcher.trained_steps(status.planned.run)
         if steps or what == "training":
             words += f" {steps}/{status.planned.config.train.steps}"
     return words if what in ("", "training") else f"{words}: {what}"
-
-
-def _trained_steps(planned: PlannedRun) -> int:
-    """Last step noted in the metrics of a run; only the end of the file is read."""
-    try:
-        with planned.run.metrics_path.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 2000))
-            lines = stream.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            return min(int(json.loads(line)["step"]), planned.config.train.steps)
-    return 0
 
 
 if __name__ == "__main__":

@@ -30,11 +30,10 @@ MODULE, AGENT = "golfbook.training", "torch.distributed.run"
 SAVE_SECONDS = 60  # for a trainer that was asked to stop, to end its step and to write a checkpoint
 LOOPBACK = "127.0.0.1"
 JOB_VARIABLE = "GOLFBOOK_JOB"  # set in the notebook processes of a job, which owns the trainers they start
-LAUNCHER_VARIABLES = (
-    re.compile(  # what torch's launcher reads or sets; none of it is meant for a training on one machine
-        r"PET_.*|TORCH_?ELASTIC_.*|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|PYTHON_EXEC|"
-        r"LOGLEVEL|USE_LIBUV|TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-    )
+# What torch's launcher reads or sets; none of it is meant for a training on one machine.
+LAUNCHER_VARIABLES = re.compile(
+    r"PET_.*|TORCH_?ELASTIC_.*|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|PYTHON_EXEC|"
+    r"LOGLEVEL|USE_LIBUV|TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 )
 
 
@@ -204,6 +203,20 @@ def _works_on(words: list[str]) -> tuple[Path | None, bool]:
         return None, False
     agent = AGENT in words
     return Path(words[-1].replace("$$", "$") if agent else words[-1]).resolve(), agent
+
+
+def trained_steps(run: Run) -> int:
+    """Last step noted in the metrics of a run; only the end of the file is read."""
+    try:
+        with run.metrics_path.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 2000))
+            lines = stream.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return min(int(json.loads(line)["step"]), run.config.train.steps)
+    return 0
 
 
 def log_tail(run: Run, lines: int = 12) -> str:
