@@ -10,15 +10,16 @@ from golfbook import losses
 from golfbook.losses import softcapped_cross_entropy
 
 
+@pytest.mark.parametrize("cap", [5.0, 60.0])
 @pytest.mark.parametrize("positions", [1, 7, 8, 23])
-def test_equals_the_plain_formula(positions, monkeypatch):
+def test_equals_the_plain_formula(positions, cap, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 8 * 50)  # eight positions a chunk
     generator = torch.Generator().manual_seed(positions)
     hidden = torch.randn(positions, 12, generator=generator, dtype=torch.float64).mul_(3).requires_grad_()
     head = torch.randn(50, 12, generator=generator, dtype=torch.float64).mul_(3).requires_grad_()
     targets = torch.randint(0, 50, (positions,), generator=generator)
-    plain = F.cross_entropy(5.0 * torch.tanh(hidden @ head.T / 5.0), targets)
-    fused = softcapped_cross_entropy(hidden, head, targets, 5.0)
+    plain = F.cross_entropy(cap * torch.tanh(hidden @ head.T / cap), targets)
+    fused = softcapped_cross_entropy(hidden, head, targets, cap)
     assert fused.item() == pytest.approx(plain.item(), abs=1e-5)
     expected = torch.autograd.grad(2.5 * plain, (hidden, head))
     for ours, theirs in zip(torch.autograd.grad(2.5 * fused, (hidden, head)), expected, strict=True):

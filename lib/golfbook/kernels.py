@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RMS_EPS = torch.finfo(torch.float32).eps
+MOST_TABLES = 8  # rotary tables kept: queries and keys of a few lengths
+_tables: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
 
 def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -157,13 +159,30 @@ class _AddScaled(torch.autograd.Function):
         return g, _by_channel(g, y, scale), g * scale.to(g.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate the first dimensions of ``x`` (B, T, H, d) by minus the angle, in place: ``x cos + (b, -a) sin``."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float = 1.0) -> None:
+    """Rotate the first dimensions of ``x`` (B, T, H, d) by minus the angle, in place: ``x cos + (b, -a) sin``.
+
+    ``direction`` -1 turns back. The tables are as wide as the heads, so that both products run over whole rows.
+    """
     half = cos.size(-1)
-    turned = x[..., : 2 * half]
-    swapped = torch.cat((turned[..., half:], -turned[..., :half]), dim=-1)
-    cos, sin = (torch.cat((t, t), dim=-1)[:, None].to(x.dtype) for t in (cos, sin))
-    turned.mul_(cos).addcmul_(swapped, sin)
+    swapped = torch.cat((x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]), dim=-1)
+    whole_cos, whole_sin = _whole_tables(cos, sin, x)
+    x.mul_(whole_cos).addcmul_(swapped, whole_sin, value=direction)
+
+
+def _whole_tables(cos: Tensor, sin: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, H, d) factors of ``x`` (B, T, H, d) and of its swapped halves; one and zero where nothing turns."""
+    key = (cos.data_ptr(), sin.data_ptr(), cos.size(-1), *x.shape[1:], x.dtype)
+    if key not in _tables:
+        if len(_tables) >= MOST_TABLES:
+            _tables.clear()
+        heads, width = x.shape[2:]
+        with torch.inference_mode(False), torch.no_grad():  # made while scoring, they must stay usable in training
+            rest = cos.new_zeros(len(cos), width - 2 * cos.size(-1))
+            pair = torch.cat((cos, cos, rest + 1), dim=-1), torch.cat((sin, -sin, rest), dim=-1)
+            whole = [t.to(x.dtype).unsqueeze(1).expand(-1, heads, -1).contiguous() for t in pair]
+        _tables[key] = (whole[0], whole[1], cos, sin)  # while these live, nothing else has their addresses
+    return _tables[key][:2]
 
 
 class _NormedHeads(torch.autograd.Function):
@@ -182,7 +201,7 @@ class _NormedHeads(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
         x, cos, sin, inverse, *rest = ctx.saved_tensors
         g = gradients[0].clone(memory_format=torch.contiguous_format)
-        _rotate(g, cos, -sin)
+        _rotate(g, cos, sin, -1.0)
         gain = rest[0][:, None] if ctx.has_gain else 1.0
         dot = _dot(g, x).mul_(inverse)  # with the normed heads
         along = (inverse.square() * dot).mul_(gain).div_(-x.size(-1)).to(g.dtype)

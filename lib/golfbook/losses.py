@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_LOGITS = 2**18  # logits alive at a time on a CPU: 1 MiB in float32, which stays in a core's cache
-CERTAIN_CAP = 40.0  # exp(-2 * 40) is a normal float32, so up to this cap no probability is lost to underflow
+CERTAIN_CAP = 35.0  # exp(-2 * 35) / V is a normal float32 for any V, so up to this cap no probability is lost
 CHUNK_LOGITS_GPU = 2**26  # enough for a GPU to be busy
 
 
@@ -28,7 +28,10 @@ def softcapped_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, cap:
 
 
 class _SoftcappedCrossEntropy(torch.autograd.Function):
-    """No logit is above the cap, so ``exp(logit - cap)`` needs no search for the largest while the cap is moderate."""
+    """With s = sigmoid(2 z / cap) a capped logit is ``2 cap s - cap``, its slope ``4 s (1 - s)``: the constant cancels.
+
+    A sigmoid costs a third of a tanh or less, by MKL on an AMD CPU an eighth.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -37,21 +40,21 @@ class _SoftcappedCrossEntropy(torch.autograd.Function):
         rows = max(1, (CHUNK_LOGITS_GPU if hidden.is_cuda else CHUNK_LOGITS) // len(head))
         weight = head.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        ceiling = torch.full((), -cap, dtype=torch.float32, device=hidden.device)
-        one = torch.ones((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if keep else None
         d_head = torch.zeros_like(head) if keep else None
         for start in range(0, count, rows):
             h, target = hidden[start : start + rows], targets[start : start + rows, None]
-            t = F.linear(h, weight).float().div_(cap).tanh_()
-            likely = torch.add(ceiling, t, alpha=cap) if cap <= CERTAIN_CAP else cap * (t - t.amax(-1, keepdim=True))
-            chosen = likely.gather(1, target)
-            normaliser = likely.exp_().sum(-1, keepdim=True)
-            total += (normaliser.log() - chosen).sum()
+            s = F.linear(h, weight).float().mul_(2 / cap).sigmoid_()  # (rows, V)
+            if cap <= CERTAIN_CAP:
+                likely = torch.softmax(s * (2 * cap), -1)
+                total -= likely.gather(1, target).log_().sum()
+            else:
+                likely = torch.log_softmax(s * (2 * cap), -1)
+                total -= likely.gather(1, target).sum()
+                likely.exp_()
             if d_hidden is not None and d_head is not None:
-                gradient = likely.scatter_add_(1, target, -normaliser)  # times the normaliser and the count
-                gradient.mul_(torch.addcmul(one, t, t, value=-1.0)).div_(normaliser.mul_(count))
-                gradient = gradient.to(h.dtype)
+                likely.scatter_add_(1, target, likely.new_full((), -1.0).expand(target.shape))
+                gradient = likely.mul_(torch.addcmul(s, s, s, value=-1.0)).mul_(4 / count).to(h.dtype)
                 torch.mm(gradient, weight, out=d_hidden[start : start + rows])
                 d_head += gradient.mT @ h
         if keep:
