@@ -13,6 +13,7 @@ from golfbook.losses import softcapped_cross_entropy
 @pytest.mark.parametrize("cap", [5.0, 60.0])
 @pytest.mark.parametrize("positions", [1, 7, 8, 23])
 def test_equals_the_plain_formula(positions, cap, monkeypatch):
+    """Tolerance: a float32 logit near ``2 cap`` is off by half a unit in its last place, and so is log p."""
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 8 * 50)  # eight positions a chunk
     generator = torch.Generator().manual_seed(positions)
     hidden = torch.randn(positions, 12, generator=generator, dtype=torch.float64).mul_(3).requires_grad_()
@@ -23,7 +24,7 @@ def test_equals_the_plain_formula(positions, cap, monkeypatch):
     assert fused.item() == pytest.approx(plain.item(), abs=1e-5)
     expected = torch.autograd.grad(2.5 * plain, (hidden, head))
     for ours, theirs in zip(torch.autograd.grad(2.5 * fused, (hidden, head)), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=8 * cap * torch.finfo(torch.float32).eps)
 
 
 def test_no_gradient_work_without_a_gradient():

@@ -111,7 +111,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         normed, inverse = ctx.saved_tensors
         g = gradients[0]
-        mean = _dot(g, normed).div_(g.size(-1)).to(g.dtype)
+        mean = (g * normed).sum(-1, keepdim=True).div_(g.size(-1))  # added in float32, rounded once
         return torch.addcmul(g, normed, mean, value=-1.0).mul_((inverse * ctx.scale).to(g.dtype)), None
 
 

@@ -54,11 +54,11 @@ class _SoftcappedCrossEntropy(torch.autograd.Function):
                 likely.exp_()
             if d_hidden is not None and d_head is not None:
                 likely.scatter_add_(1, target, likely.new_full((), -1.0).expand(target.shape))
-                gradient = likely.mul_(torch.addcmul(s, s, s, value=-1.0)).mul_(4 / count).to(h.dtype)
+                gradient = likely.mul_(torch.addcmul(s, s, s, value=-1.0)).to(h.dtype)
                 torch.mm(gradient, weight, out=d_hidden[start : start + rows])
                 d_head += gradient.mT @ h
-        if keep:
-            ctx.save_for_backward(d_hidden, d_head)
+        if d_hidden is not None and d_head is not None:
+            ctx.save_for_backward(d_hidden.mul_(4 / count), d_head.mul_(4 / count))
         return total / count
 
     @staticmethod
