@@ -25,6 +25,7 @@ from golfbook.summaries import chosen_rows, seconds_data, states_data, variants_
 from golfbook.terminal import duration, say, show_path, show_table, size
 
 LINE_SECONDS = 15.0  # between two progress lines where the output is no terminal
+CHANGE_SECONDS = 5.0  # until a line tells that a run does something else
 MARKS = {
     "done": Text("done", "green"),
     "failed": Text("failed", "red"),
@@ -212,17 +213,19 @@ def _show_context(console: Console, found: list[dict[str, Any]]) -> None:
 
 
 class _Lines:
-    """One line every few seconds, and one whenever a run begins to do something else."""
+    """One line every 15 seconds, whenever a run begins a stage, and soon after it begins to do something else."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.last = console, -math.inf
         self.busy: tuple[str, ...] = ()
+        self.stages: tuple[str, ...] | None = None
 
     def __call__(self, progress: Progress) -> None:
         doing = tuple(re.sub(r" \d+(/\d+|%)", "", line) for line in progress.busy)
-        now = time.monotonic()
-        if doing != self.busy or now - self.last >= LINE_SECONDS:
-            self.last, self.busy = now, doing
+        stages = tuple(line.partition(":")[0] for line in doing)
+        waited = time.monotonic() - self.last
+        if stages != self.stages or waited >= (LINE_SECONDS if doing == self.busy else CHANGE_SECONDS):
+            self.last, self.busy, self.stages = time.monotonic(), doing, stages
             busy = "; ".join(progress.busy) or "collecting"
             say(self.console, f"{progress.fraction:4.0%}  {_clock(progress)}  {busy}")
 
