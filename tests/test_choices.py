@@ -125,7 +125,7 @@ def test_a_cache_that_cannot_be_written_costs_only_the_measurement(tmp_path, mon
 
 def test_switches_of_the_libraries_make_another_machine(monkeypatch):
     before = choices.identity(CPU)
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "another")
     assert choices.cached(choices.identity(CPU)) != choices.cached(before)
 
 
