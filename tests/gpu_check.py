@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import os
 import platform
 import statistics
 import subprocess
@@ -49,7 +48,7 @@ import plain_training
 from golfbook import attention, choices, costs, devices, runs, scoring, stages, steps
 from golfbook.config import Config, load_config
 from golfbook.errors import GolfbookError
-from golfbook.files import atomic_write_json, cache_root, runs_root
+from golfbook.files import atomic_write_json, runs_root
 from golfbook.model import GPT, initialise
 from reference import masked_attention
 
@@ -414,6 +413,4 @@ def attempted(part: Part) -> Values:
 
 
 if __name__ == "__main__":
-    # where the trainer keeps its compiled kernels too: what was compiled here need not be compiled again there
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
     sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
@@ -151,3 +152,18 @@ def test_a_real_measurement_is_whole_and_draws_no_random_numbers(settings):
             default, chosen = seconds["sdpa"], seconds[found.attention[name.removeprefix("attention, ")]]
             assert chosen <= min(seconds.values()) * choices.CLEAR_GAIN and chosen <= default
     assert choices.why_not(found, CPU) == ""
+
+
+def test_compiled_code_is_kept_apart_for_each_kind_of_machine(golfbook_home, monkeypatch, settings):
+    folders = []
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setattr(choices, "measure", lambda device: Choices())
+        choices.set_up(1, CPU)
+        folders.append(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    assert folders[0] != folders[1] and {path.parent for path in folders} == {golfbook_home / "cache" / "inductor"}
+    choices.set_up(1, CPU)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    choices.set_up(1, CPU)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"

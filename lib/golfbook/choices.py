@@ -108,7 +108,11 @@ def _measure(device: torch.device) -> Choices:
 
 
 def set_up(threads: int, device: torch.device, run: Run | None = None) -> Choices:
-    """Set up this process with what is fastest for a run, or on this machine where there is no run; returns it."""
+    """Set up this process with what is fastest for a run, or on this machine where there is no run; returns it.
+
+    torch's compiler gets a cache for this kind of machine alone: it would take up code made for other vector units.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor" / _key(identity(device))))
     chosen = of_machine(device) if run is None else of_run(run, device)
     devices.prepare(threads, device, chosen)
     return chosen

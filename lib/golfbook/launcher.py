@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from golfbook.errors import RunError
-from golfbook.files import atomic_write_json, cache_root, folders, project_root
+from golfbook.files import atomic_write_json, folders, project_root
 from golfbook.runs import Run
 
 Update = Callable[[list[dict[str, Any]]], None]
@@ -75,7 +75,6 @@ def environment(run: Run) -> dict[str, str]:
     kept |= {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        "TORCHINDUCTOR_CACHE_DIR": str(cache_root() / "inductor"),  # shared between runs
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS),
     }
     for name, addresses in psutil.net_if_addrs().items():
