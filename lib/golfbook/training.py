@@ -58,7 +58,8 @@ class Trainer:
         self.logged = 0, 0.0  # step and training seconds of the last point
         activity.doing("compiling" if self.take_step.compiled else "warming up")
         self.take_step.warm_up(train.batch_tokens // train.sequence_length // world)
-        for note in (*self.take_step.notes, "measured on this machine:", *choices.describe(self.chosen)):
+        where = f"measured on {self.chosen.identity.get('device', 'an unknown machine')}:"
+        for note in (*self.take_step.notes, where, *choices.describe(self.chosen)):
             self.print(note)
         self.graphs = compiled_graphs()
         work = costs.per_token(self.config.model, train.sequence_length, causal=True).training
