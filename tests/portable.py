@@ -52,7 +52,7 @@ def passes(name: str, more: Sequence[str], compiled: str) -> bool:
     environment |= {key: value for key, value in zip(NAMES, switches, strict=True) if value}
     environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     # torch's compiler would take up code that it has kept for this processor's vector units
-    environment["TORCHINDUCTOR_CACHE_DIR"] = f"{compiled}/{name}"
+    environment["TORCHINDUCTOR_CACHE_DIR"] = f"{compiled}/{list(PROCESSORS).index(name)}"
     used = subprocess.run([sys.executable, "-c", SHOW], env=environment, capture_output=True, text=True, check=True)
     print(f"== {name}: torch uses {used.stdout.split()[0]}", flush=True)
     files = [str(FOLDER / f"test_{part}.py") for part in NUMERICAL]

@@ -164,6 +164,10 @@ def test_compiled_code_is_kept_apart_for_each_kind_of_machine(golfbook_home, mon
         folders.append(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
     assert folders[0] != folders[1] and {path.parent for path in folders} == {golfbook_home / "cache" / "inductor"}
     choices.set_up(1, CPU)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("GOLFBOOK_CACHE", str(golfbook_home / "a cache"))
+    choices.set_up(1, CPU)
+    assert " " not in os.environ["TORCHINDUCTOR_CACHE_DIR"]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     choices.set_up(1, CPU)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -112,7 +113,10 @@ def set_up(threads: int, device: torch.device, run: Run | None = None) -> Choice
 
     torch's compiler gets a cache for this kind of machine alone: it would take up code made for other vector units.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor" / _key(identity(device))))
+    compiled = cache_root() / "inductor" / _key(identity(device))
+    if " " in str(compiled):  # torch cuts the compiler's command at blanks
+        compiled = Path(tempfile.gettempdir()) / f"torchinductor-{compiled.name}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
     chosen = of_machine(device) if run is None else of_run(run, device)
     devices.prepare(threads, device, chosen)
     return chosen
