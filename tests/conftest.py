@@ -20,6 +20,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """What a test lets this process compute with ends with the test."""
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    yield
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ and compiled is None:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    devices = sys.modules.get("golfbook.devices")
+    if devices is not None:
+        devices.prepare(devices.torch.get_num_threads(), devices.torch.device("cpu"), devices.Choices())
+        devices.torch.use_deterministic_algorithms(False)
+
+
 def invent_choices(cache: Path, **changes: object) -> None:
     """Put choices into a cache as if they had been measured: tests then compute alike on every machine, and at once."""
     import torch
@@ -30,7 +43,7 @@ def invent_choices(cache: Path, **changes: object) -> None:
     precision = {"short": "float32", "long": "float32"}
     who = choices.identity(torch.device("cpu"))
     found = devices.Choices(**{"precision": precision, "attention": attention, "identity": who, **changes})
-    atomic_write_json(cache / "machine" / choices.cached(who).name, asdict(found))
+    atomic_write_json(cache / "choices" / choices.cached(who).name, asdict(found))
 
 
 @pytest.fixture

@@ -57,11 +57,11 @@ def test_what_can_run_here_and_why_the_others_cannot(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert attention.candidates(cpu, torch.bfloat16, training=True) == ["sdpa", "blocked"]
     assert attention.why_not("sdpa", cpu, torch.float32) == ""
-    monkeypatch.setattr(attention, "_flash3_obstacle", lambda: "No module named 'flash_attn_interface'")
+    monkeypatch.setattr(attention, "flash3_obstacle", lambda: "No module named 'flash_attn_interface'")
     assert attention.candidates(gpu, torch.bfloat16, training=True) == ["sdpa"]
     with pytest.raises(RunError, match=r"flash_attn_interface\) cannot be imported.*; use 'auto'"):
         causal_attention(*heads(4), "flash3")
-    monkeypatch.setattr(attention, "_flash3_obstacle", lambda: "")
+    monkeypatch.setattr(attention, "flash3_obstacle", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert attention.candidates(gpu, torch.bfloat16, training=True) == ["sdpa", "flash3"]
     assert attention.candidates(gpu, torch.float32, training=True) == ["sdpa"]

@@ -89,7 +89,7 @@ def test_one_decision_for_a_study_and_for_each_of_its_runs(run, golfbook_home, m
     monkeypatch.setattr(choices, "measure", never)
     first = choices.of_run(run, CPU)
     assert first.attention["training, float32, short"] == "blocked"
-    assert json.loads((run.path / "machine.json").read_text()) == asdict(first)
+    assert json.loads((run.path / "choices.json").read_text()) == {"cpu": asdict(first)}
     invent_choices(golfbook_home / "cache", precision={"short": "bfloat16", "long": "bfloat16"})
     assert choices.of_machine(CPU).precision["short"] == "bfloat16"
     other = create_run("study", "base", load_config("quickstart", seed=2))
@@ -102,9 +102,25 @@ def test_one_decision_for_a_study_and_for_each_of_its_runs(run, golfbook_home, m
 def test_choices_that_cannot_be_followed_here_are_made_again(run, caplog):
     kept = asdict(choices.of_run(run, CPU))
     kept["attention"] = {"training, bfloat16, long": "flash3"}
-    (run.path / "machine.json").write_text(json.dumps(kept))
+    (run.path / "choices.json").write_text(json.dumps({"cpu": kept}))
     assert "flash3" not in choices.of_run(run, CPU).attention.values()
     assert "cannot run here" in caplog.text and run.name in caplog.text
+
+
+def test_a_gpu_does_not_follow_what_was_measured_on_the_cpu(run, monkeypatch):
+    """A notebook computes on the CPU while the trainer of the same run has the GPU."""
+    gpu, identity = torch.device("cuda", 0), choices.identity
+    monkeypatch.setattr(choices, "identity", lambda device: identity(CPU) | {"device": device.type})
+    monkeypatch.setattr(choices, "measure", lambda device: Choices(precision={"long": device.type}))
+    assert [choices.of_run(run, device).precision["long"] for device in (CPU, gpu, CPU)] == ["cpu", "cuda", "cpu"]
+
+
+def test_a_candidate_that_cannot_run_is_left_out(caplog):
+    def broken():
+        raise RuntimeError("built for another torch")
+
+    assert choices.race({"sdpa": lambda: None, "flash3": broken}, 0.0, lambda: 0.0) == {"sdpa": 0.0}
+    assert "'flash3' is left out" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"unknown": 1}'])
@@ -130,16 +146,7 @@ def test_switches_of_the_libraries_make_another_machine(monkeypatch):
     assert choices.cached(choices.identity(CPU)) != choices.cached(before)
 
 
-@pytest.fixture
-def settings():
-    """What a measurement changes in the whole process is as before afterwards."""
-    threads = torch.get_num_threads()
-    yield
-    devices.prepare(threads, CPU, Choices())
-    torch.use_deterministic_algorithms(False)
-
-
-def test_a_real_measurement_is_whole_and_draws_no_random_numbers(settings):
+def test_a_real_measurement_is_whole_and_draws_no_random_numbers():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -154,7 +161,7 @@ def test_a_real_measurement_is_whole_and_draws_no_random_numbers(settings):
     assert choices.why_not(found, CPU) == ""
 
 
-def test_compiled_code_is_kept_apart_for_each_kind_of_machine(golfbook_home, monkeypatch, settings):
+def test_compiled_code_is_kept_apart_for_each_kind_of_machine(golfbook_home, monkeypatch):
     folders = []
     for capability in ("AVX2", "AVX512"):
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
@@ -165,9 +172,11 @@ def test_compiled_code_is_kept_apart_for_each_kind_of_machine(golfbook_home, mon
     assert folders[0] != folders[1] and {path.parent for path in folders} == {golfbook_home / "cache" / "inductor"}
     choices.set_up(1, CPU)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    monkeypatch.setenv("GOLFBOOK_CACHE", str(golfbook_home / "a cache"))
-    choices.set_up(1, CPU)
-    assert " " not in os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    for name in ("a cache", "documents.jsonl"):  # torch cannot compile into the one, nobody can write into the other
+        (golfbook_home / "documents.jsonl").touch()
+        monkeypatch.setenv("GOLFBOOK_CACHE", str(golfbook_home / name))
+        choices.set_up(1, CPU)
+        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     choices.set_up(1, CPU)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"

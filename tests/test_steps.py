@@ -142,16 +142,7 @@ def test_precision_is_what_was_measured(monkeypatch):
         devices.choose_device(tiny(**{"train.device": "cuda"}))
 
 
-@pytest.fixture
-def settings():
-    """What a test changes in the whole process is as before afterwards."""
-    threads = torch.get_num_threads()
-    yield
-    devices.prepare(threads, CPU, devices.Choices())
-    torch.use_deterministic_algorithms(False)
-
-
-def test_float32_products_stay_float32_whatever_computes_them(settings):
+def test_float32_products_stay_float32_whatever_computes_them():
     """The setting that hands products to oneDNN permits bfloat16, so a machine where it rounds must not use it."""
     for library in ("torch", "onednn"):
         if library == "onednn" and not devices.products_are_exact(library):

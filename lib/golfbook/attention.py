@@ -77,7 +77,7 @@ def why_not(backend: Backend, device: torch.device, dtype: torch.dtype, *, train
     if backend == "flex" and training and device.type == "cpu":
         return "flex attention has no backward pass on a CPU"
     if backend == "flash3":
-        obstacle = _flash3_obstacle()
+        obstacle = flash3_obstacle()
         if obstacle:
             return f"FlashAttention-3 (package flash_attn_interface) cannot be imported: {obstacle}"
         if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
@@ -88,7 +88,8 @@ def why_not(backend: Backend, device: torch.device, dtype: torch.dtype, *, train
 
 
 @functools.cache
-def _flash3_obstacle() -> str:
+def flash3_obstacle() -> str:
+    """Why FlashAttention-3 cannot be imported; empty where it can."""
     try:
         import flash_attn_interface  # noqa: F401
     except (ImportError, OSError) as error:  # missing, or built for another torch

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -38,7 +37,7 @@ CLEAR_GAIN = 1.10  # a default is left only for a candidate that is faster by th
 HOPELESS = 2.0  # bfloat16 products slower than float32 ones by this factor: nothing else in bfloat16 is measured
 SECONDS = {"products": 0.15, "attention": 0.12, "precision": 0.3}  # of each race, after its warm-up
 TRIAL = "products of 256 x 256"
-FILE = "machine.json"
+FILE = "choices.json"
 SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 LENGTHS = {"short": 256, "long": 2048}
 Call = Callable[[], object]
@@ -53,8 +52,16 @@ def decide(seconds: Mapping[str, float], default: str) -> str:
 
 def race(candidates: Mapping[str, Call], seconds: float, clock: Callable[[], float]) -> dict[str, float]:
     """Return the least time of each candidate by ``clock``; they take turns for ``seconds``, twice at least."""
-    for run in candidates.values():  # warm-up: memory, kernels, caches
-        run()
+    default, *others = candidates
+    candidates[default]()  # warm-up: memory, kernels, caches
+    able = {default: candidates[default]}
+    for name in others:
+        try:
+            candidates[name]()
+            able[name] = candidates[name]
+        except RuntimeError as error:  # a package built for another torch, a GPU that others have filled
+            log.warning("'%s' is left out of what is measured: %s", name, error)
+    candidates = able
     found = dict.fromkeys(candidates, float("inf"))
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < 2 or time.perf_counter() < end:
@@ -69,9 +76,14 @@ def race(candidates: Mapping[str, Call], seconds: float, clock: Callable[[], flo
 def measure(device: torch.device) -> Choices:
     """Time all candidates on this machine and choose; takes under 5 seconds. Leaves the process's settings changed.
 
-    On a CPU one thread computes and its CPU time counts: the time of several threads depends on what else is running.
+    On a CPU one thread computes and its CPU time counts, for runs with several threads too: the time of several
+    depends on what else is running.
     """
-    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         return _measure(device)
 
 
@@ -114,9 +126,10 @@ def set_up(threads: int, device: torch.device, run: Run | None = None) -> Choice
     torch's compiler gets a cache for this kind of machine alone: it would take up code made for other vector units.
     """
     compiled = cache_root() / "inductor" / _key(identity(device))
-    if " " in str(compiled):  # torch cuts the compiler's command at blanks
-        compiled = Path(tempfile.gettempdir()) / f"torchinductor-{compiled.name}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+    with contextlib.suppress(OSError):  # a read-only cache: torch's own place, as where a blank would cut its command
+        compiled.mkdir(parents=True, exist_ok=True)
+        if " " not in str(compiled) and os.access(compiled, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
     chosen = of_machine(device) if run is None else of_run(run, device)
     devices.prepare(threads, device, chosen)
     return chosen
@@ -127,7 +140,7 @@ def of_machine(device: torch.device) -> Choices:
     who = identity(device)
     path = cached(who)
     with _lock(path.with_suffix(".lock")):
-        found = _read(path)
+        found = _choices(_json(path))
         if found is None:
             with activity.step("measuring what is fastest on this machine"):
                 found = measure(device)
@@ -137,7 +150,7 @@ def of_machine(device: torch.device) -> Choices:
 
 def cached(who: Mapping[str, str]) -> Path:
     """File that keeps what was measured on the machine with this :func:`identity`."""
-    return cache_root() / "machine" / f"{_key(who)}.json"
+    return cache_root() / "choices" / f"{_key(who)}.json"
 
 
 def of_run(run: Run, device: torch.device) -> Choices:
@@ -145,15 +158,17 @@ def of_run(run: Run, device: torch.device) -> Choices:
 
     The decision is written into the folders of the study and of the run.
     """
+    path = run.path / FILE  # by kind of device: a notebook beside a GPU's trainer computes on the CPU
     with _lock(run.path / f".{FILE}.lock"):
-        kept = _read(run.path / FILE)
+        known = _json(path)
+        kept = _choices(known.get(device.type))
         obstacle = "" if kept is None else why_not(kept, device)
         if kept is not None and not obstacle:
             return kept
         if obstacle:
             log.warning("%s was begun with choices that cannot run here (%s); measured again", run.name, obstacle)
         found = _of_study(run.path.parent, device)
-        _write(run.path / FILE, asdict(found))
+        _write(path, {**known, device.type: asdict(found)})
     return found
 
 
@@ -190,34 +205,34 @@ def identity(device: torch.device) -> dict[str, str]:
         "libraries": sha256_bytes(torch.__config__.show().encode())[:10],  # MKL, oneDNN, CUDA and their releases
         "vector_units": torch.backends.cpu.get_cpu_capability(),
     }
+    if device.type == "cuda":
+        found["flash3"] = attention.flash3_obstacle() or "importable"
     return found | {name: os.environ[name] for name in SWITCHES if os.environ.get(name)}
 
 
 def _of_study(folder: Path, device: torch.device) -> Choices:
     key = _key(identity(device))
     with _lock(folder / f".{FILE}.lock"):
-        path = folder / FILE
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            return Choices(**known[key])
-        except (OSError, ValueError, TypeError, KeyError):
+        known = _json(folder / FILE)
+        found = _choices(known.get(key))
+        if found is None:
             found = of_machine(device)
-        known = known if isinstance(known := _json(path), dict) else {}
-        _write(path, {**known, key: asdict(found)})
+            _write(folder / FILE, {**known, key: asdict(found)})
     return found
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
-def _read(path: Path) -> Choices | None:
+def _choices(value: Any) -> Choices | None:
     try:
-        return Choices(**_json(path))
-    except TypeError:  # missing, damaged, or of an older version
+        return Choices(**value) if value else None
+    except TypeError:  # damaged, or of another version
         return None
 
 
@@ -235,7 +250,7 @@ def _lock(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except OSError:
+    except (OSError, NotImplementedError):  # a read-only folder; a file system without locks
         yield
         return
     try:

@@ -39,7 +39,7 @@ from golfbook.runs import STAGE_NOTEBOOKS, Run, environment, exit_with_parent, o
 from golfbook.writes import noted
 
 TRACEBACK_LINES = 12
-SOCKET_PATH = 90  # characters; operating systems allow little more than 100
+SOCKET_PATH = 90  # bytes; operating systems allow little more than 100
 START_SECONDS = 3600  # a cold network file system needs minutes for its imports; a kernel that dies is seen at once
 PRIVATE = "golfbook-"  # how the folders of sockets under the temporary folder begin
 
@@ -142,7 +142,7 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any], private: 
     # Sockets in a private folder: kernels that start at the same moment can take each other's TCP port (a port is
     # chosen, closed, and opened again by the kernel) and then talk to the wrong client.
     sockets = {"transport": "ipc", "ip": str(private / "kernel")}
-    if os.name != "posix" or len(sockets["ip"]) > SOCKET_PATH:
+    if os.name != "posix" or len(os.fsencode(sockets["ip"])) > SOCKET_PATH:
         sockets = {}
     noise, status = private / "kernel.txt", private / "status.txt"
     process = {"errors": str(noise), "status": str(status), "first_line": first_line}

@@ -19,17 +19,21 @@ from golfbook.kernels import add_scaled, mix, normed_heads, remove_own_value, rm
 
 
 @functools.lru_cache(maxsize=16)
-def rope_tables(length: int, dims: int, base: float, train_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, each (length, dims/2) float32.
+def rope_tables(
+    positions: int, dims: int, base: float, train_length: int, device: torch.device, length: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, each (positions, dims/2) float32.
 
-    Beyond ``train_length`` positions the base grows to ``base * (length/train_length)^(dims/(dims-2))`` (NTK rule, PR
-    1166 section 5). Computed in float32 at any length; the published code rounds short tables to bfloat16 by accident.
+    Beyond a ``length`` (0: the positions) of ``train_length`` the base grows to ``base *
+    (length/train_length)^(dims/(dims-2))`` (NTK rule, PR 1166 section 5). Computed in float32 at any length; the
+    published code rounds short tables to bfloat16 by accident.
     """
+    length = length or positions
     if length > train_length:
         base = base * (length / train_length) ** (dims / (dims - 2))
     with torch.inference_mode(False):  # tables made while scoring must stay usable by autograd
         exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
-        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), base**-exponents)
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), base**-exponents)
         return angles.cos(), angles.sin()
 
 
@@ -84,8 +88,7 @@ class Attention(nn.Module):
             v = v + torch.sigmoid(self.vrl_alpha).to(v.dtype) * first_values
         v = v.view(batch, time, config.num_kv_heads, config.head_dim)
         rotated = config.rope_dims or config.head_dim
-        tables = rope_tables(length or time, rotated, config.rope_base, config.rope_train_length, x.device)
-        cos, sin = (table[:time] for table in tables)
+        cos, sin = rope_tables(time, rotated, config.rope_base, config.rope_train_length, x.device, length or time)
         q, k = normed_heads(q, cos, sin, self.q_gain), normed_heads(k, cos, sin)
         y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.backend).transpose(1, 2)
         if self.exclusive:  # XSA, PR 1166 section 5 step 8

@@ -90,7 +90,7 @@ def show(name: str, times: Mapping[str, float], taken: str) -> float:
     """Print one row; returns what the chosen candidate loses against the best."""
     loss = times[taken] / min(times.values()) - 1
     row = "  ".join(f"{candidate} {1000 * seconds:9.2f}" for candidate, seconds in times.items())
-    print(f"{name:36s} {row:44s} {taken:9s} {loss:6.1%}", flush=True)
+    print(f"{name:38s} {row:44s} {taken:9s} {loss:6.1%}", flush=True)
     return loss
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     chosen = choices.measure(device)
     print(f"{chosen.identity['device']}; torch {torch.__version__}, {options.threads} threads")
     print(f"measured in {time.perf_counter() - started:.1f} s; medians of {options.rounds} in milliseconds\n")
-    print(f"{'choice':36s} {'candidates':44s} {'chosen':9s} loss")
+    print(f"{'choice':38s} {'candidates':44s} {'chosen':9s} loss")
     devices.prepare(options.threads, device, chosen)
     losses = []
     if device.type == "cpu":

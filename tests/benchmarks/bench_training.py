@@ -9,7 +9,8 @@ Newton-Schulz runs in the dtype of the preset, as ours. Losses of both sides mus
 
 Printed for each size and precision: medians, ratios by the clock and by CPU time (the second is steadier on a machine
 that does other work), tokens a second, and the share of the ceiling of matrix products that was measured on this
-machine just before. ``--profile`` adds what bounds the rest: CPU time by kind of operation.
+machine just before. Our side makes glibc keep freed memory, which in one process helps the plain side too: with
+``--plain-memory`` neither has it. ``--profile`` adds what bounds the rest: CPU time by kind of operation.
 """
 
 from __future__ import annotations
@@ -148,8 +149,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="compile our side")
     parser.add_argument("--profile", action="store_true", help="show what bounds each side")
+    parser.add_argument("--plain-memory", action="store_true", help="hand freed memory back as glibc does by itself")
     options = parser.parse_args()
-    print(f"torch {torch.__version__}, {options.threads} threads, {options.device}, {options.repeats} repeats")
+    if options.plain_memory:  # a setting of the whole process, so that both sides have it or neither
+        devices._keep_freed_memory = lambda: None
+    print(f"{choices.identity(torch.device(options.device))['device']}; torch {torch.__version__}")
+    print(f"{options.threads} threads, {options.device}, {options.repeats} repeats")
     for size in options.sizes:
         found = {p: measure(size, p, options) for p in options.precisions}
         if len(found) == 2:
