@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from golfbook import machine
+from golfbook.errors import RunError
 
 MIB = 2**20
 V2 = "29 23 0:26 {top} /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw,nsdelegate"
@@ -138,3 +139,12 @@ def test_where_a_gpu_may_be_torch_decides_how_many_are_used(tmp_path: Path, monk
 def test_torch_is_asked_in_a_process_of_its_own() -> None:
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     assert machine.count_gpus(None) == seen == len(machine.visible_gpus())
+
+
+def test_a_torch_that_cannot_be_asked_is_no_machine_without_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, {"torch/__init__.py": "raise ImportError('libcudart.so is missing')"})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RunError, match="torch could not be asked for its GPUs: ImportError: libcudart.so is missing"):
+        machine.count_gpus("broken")

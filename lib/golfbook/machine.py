@@ -17,6 +17,8 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
+from golfbook.errors import RunError
+
 ROOT = Path("/")
 GPU_NODES = ("nvidia[0-9]*", "dxg", "kfd", "nvhost-gpu")  # NVIDIA, Windows' Linux, AMD, Jetson
 COUNT_GPUS = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
@@ -61,7 +63,9 @@ def visible_gpus(root: Path = ROOT) -> list[str]:
     A torch built for the CPU and a machine without the device of a GPU need no further question. Elsewhere torch
     itself is asked, in a process of its own: only it knows whether driver and devices are of use to it.
     """
-    if not _built_for_gpus() or not any(path for name in GPU_NODES for path in (root / "dev").glob(name)):
+    if not {"cuda", "hip"} & torch_build().keys() or not any(
+        path for name in GPU_NODES for path in (root / "dev").glob(name)
+    ):
         return []
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = count_gpus(allowed)
@@ -70,21 +74,31 @@ def visible_gpus(root: Path = ROOT) -> list[str]:
 
 @functools.cache
 def count_gpus(allowed: str | None) -> int:
-    """How many GPUs torch sees in this environment, whose ``CUDA_VISIBLE_DEVICES`` is ``allowed``."""
+    """How many GPUs torch sees in this environment, whose ``CUDA_VISIBLE_DEVICES`` is ``allowed``.
+
+    Raises :class:`RunError` with torch's words where it cannot even be asked: planning on, as if there were no GPU,
+    would put all runs on the first one.
+    """
+    asked = subprocess.run([sys.executable, "-P", "-c", COUNT_GPUS], capture_output=True, text=True)
+    if asked.returncode or not asked.stdout.split():
+        last = (asked.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RunError(f"torch could not be asked for its GPUs: {last}; set train.device to 'cpu' to do without")
+    return int(asked.stdout.split()[-1])
+
+
+def torch_build() -> dict[str, str]:
+    """What torch calls itself (``__version__``) and the ``cuda`` or ``hip`` it was built for, without importing it.
+
+    The version of its package does not tell builds apart: where pip fetched the one with CUDA, it is 2.13.0 alone.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return {}
     try:
-        asked = subprocess.run([sys.executable, "-P", "-c", COUNT_GPUS], capture_output=True, text=True, timeout=120)
-        return int(asked.stdout)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return 0
-
-
-def _built_for_gpus() -> bool:
-    """Whether the installed torch computes on GPUs at all, from the text of its file ``version.py``."""
-    found = importlib.util.find_spec("torch")
-    if found is None or not found.origin:
-        return False
-    text = Path(found.origin).with_name("version.py").read_text(encoding="utf-8")
-    return re.search(r"^(cuda|hip)\b.*= *['\"]", text, re.MULTILINE) is not None
+        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    return dict(re.findall(r"^(\w+)(?:: [^=]+)? = ['\"](.*)['\"]$", text, re.MULTILINE))
 
 
 def _control_groups(controller: str, root: Path) -> Iterator[Path]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import platform
@@ -32,6 +31,7 @@ from golfbook import __version__, activity
 from golfbook.config import Config, check_parameters, load_config, validate
 from golfbook.errors import GolfbookError, RunError
 from golfbook.files import atomic_write_json, project_root, runs_root, sha256_bytes, sha256_file
+from golfbook.machine import torch_build
 
 STAGE_NOTEBOOKS = {
     "training": "03_training",
@@ -342,13 +342,13 @@ def environment() -> dict[str, Any]:
 
     packages = ("numpy", "scipy", "sentencepiece", "safetensors", "pydantic", "papermill", "pandas")
     changes = git("status", "--porcelain")
-    torch = _torch_build()
+    torch = torch_build()
     return {
         "golfbook": __version__,
         "code_sha256": _code_sha256(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages} | {"torch": torch.get("__version__", version("torch"))},
-        "cuda": torch.get("cuda"),
+        "cuda": torch.get("cuda") or torch.get("hip"),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -376,21 +376,6 @@ def _code_sha256() -> str:
     """One hash of all source files of the package, by name."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return sha256_bytes("".join(f"{f.name} {sha256_file(f)}\n" for f in files).encode())
-
-
-def _torch_build() -> dict[str, str]:
-    """What torch calls itself (``__version__``) and the CUDA it was built for (``cuda``), without importing it.
-
-    The version of its package does not tell builds apart: where pip fetched the one with CUDA, it is 2.13.0 alone.
-    """
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return {}
-    try:
-        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
-    except OSError:
-        return {}
-    return dict(re.findall(r"^(\w+)(?:: \S+)? = ['\"](.*)['\"]$", text, re.MULTILINE))
 
 
 def _processor() -> str:
