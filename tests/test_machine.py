@@ -146,5 +146,5 @@ def test_a_torch_that_cannot_be_asked_is_no_machine_without_gpus(
 ) -> None:
     write(tmp_path, {"torch/__init__.py": "raise ImportError('libcudart.so is missing')"})
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(RunError, match="torch could not be asked for its GPUs: ImportError: libcudart.so is missing"):
+    with pytest.raises(RunError, match=r"torch could not be asked for its GPUs: ImportError: libcudart\.so is missing"):
         machine.count_gpus("broken")
