@@ -210,6 +210,11 @@ def identity(device: torch.device) -> dict[str, str]:
     return found | {name: os.environ[name] for name in SWITCHES if os.environ.get(name)}
 
 
+def title(device: torch.device) -> str:
+    """The first line of a benchmark: the processor or GPU, and torch."""
+    return f"{identity(device)['device']}; torch {torch.__version__}"
+
+
 def _of_study(folder: Path, device: torch.device) -> Choices:
     key = _key(identity(device))
     with _lock(folder / f".{FILE}.lock"):

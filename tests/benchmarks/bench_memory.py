@@ -62,6 +62,7 @@ def main() -> None:
     if options.side:
         measure(options)
         return
+    print(choices.title(torch.device("cpu")))
     print(f"{options.preset}, {options.rows} x 2048 tokens, {options.precision}, one process with all it holds")
     found = {}
     for label, recompute in SIDES.items():

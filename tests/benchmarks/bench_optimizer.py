@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    print(choices.title(torch.device(options.device)))
     torch.set_num_threads(options.threads)
     for preset in options.sizes:
         for precision in options.precisions:

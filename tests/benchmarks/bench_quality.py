@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
     options = parser.parse_args()
+    print(choices.title(CPU))
     changes = {"train.steps": options.steps, "train.warmdown_steps": options.steps // 2}
     found: dict[str, list[tuple[float, float]]] = {"straightforward": [], "golfbook": []}
     for seed in options.seeds:

@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
-    print(f"{choices.identity(device)['device']}; torch {torch.__version__}, {options.threads} threads")
+    print(f"{choices.title(device)}, {options.threads} threads")
     for size in options.sizes:
         measure(size, options.repeats, options.threads, device)
 

@@ -153,7 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.plain_memory:  # a setting of the whole process, so that both sides have it or neither
         devices._keep_freed_memory = lambda: None
-    print(f"{choices.identity(torch.device(options.device))['device']}; torch {torch.__version__}")
+    print(choices.title(torch.device(options.device)))
     print(f"{options.threads} threads, {options.device}, {options.repeats} repeats")
     for size in options.sizes:
         found = {p: measure(size, p, options) for p in options.precisions}

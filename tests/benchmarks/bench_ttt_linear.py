@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from golfbook import choices
 from golfbook.config import load_config
 from golfbook.refiners import TTTLinear
 
@@ -121,6 +122,7 @@ def main() -> None:
     parser.add_argument("--side", choices=("scan", "loop"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    print(choices.title(torch.device("cpu")))
     if options.side:
         measure(options.side, options, options.folder)
         return
