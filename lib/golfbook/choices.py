@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import platform
@@ -28,7 +27,7 @@ from golfbook import activity, attention, devices
 from golfbook.config import load_config
 from golfbook.devices import Choices
 from golfbook.errors import GolfbookError
-from golfbook.files import atomic_write_json, cache_root, canonical_json, sha256_bytes
+from golfbook.files import atomic_write_json, cache_root, canonical_json, read_json, sha256_bytes
 from golfbook.model import GPT, initialise
 from golfbook.runs import Run
 from golfbook.steps import TrainingStep
@@ -103,7 +102,7 @@ def _measure(device: torch.device) -> Choices:
     dtypes = [torch.float32, torch.bfloat16]
     small = {str(t).removeprefix("torch."): torch.ones(256, 256, dtype=t, device=device) for t in dtypes}
     seconds[TRIAL] = race({name: functools.partial(torch.mm, x, x) for name, x in small.items()}, 0.05, clock)
-    if seconds[TRIAL]["bfloat16"] > HOPELESS * seconds[TRIAL]["float32"]:
+    if seconds[TRIAL].get("bfloat16", float("inf")) > HOPELESS * seconds[TRIAL]["float32"]:
         dtypes.pop()
     backends = {}
     for training in (True, False):
@@ -140,7 +139,7 @@ def of_machine(device: torch.device) -> Choices:
     who = identity(device)
     path = cached(who)
     with _lock(path.with_suffix(".lock")):
-        found = _choices(_json(path))
+        found = _choices(read_json(path))
         if found is None:
             with activity.step("measuring what is fastest on this machine"):
                 found = measure(device)
@@ -160,7 +159,7 @@ def of_run(run: Run, device: torch.device) -> Choices:
     """
     path = run.path / FILE  # by kind of device: a notebook beside a GPU's trainer computes on the CPU
     with _lock(run.path / f".{FILE}.lock"):
-        known = _json(path)
+        known = read_json(path)
         kept = _choices(known.get(device.type))
         obstacle = "" if kept is None else why_not(kept, device)
         if kept is not None and not obstacle:
@@ -218,20 +217,12 @@ def title(device: torch.device) -> str:
 def _of_study(folder: Path, device: torch.device) -> Choices:
     key = _key(identity(device))
     with _lock(folder / f".{FILE}.lock"):
-        known = _json(folder / FILE)
+        known = read_json(folder / FILE)
         found = _choices(known.get(key))
         if found is None:
             found = of_machine(device)
             _write(folder / FILE, {**known, key: asdict(found)})
     return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _choices(value: Any) -> Choices | None:

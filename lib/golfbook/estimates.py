@@ -8,16 +8,14 @@ none, by a stated rule. Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from golfbook.config import Config, DataConfig, ModelConfig, validate
 from golfbook.errors import GolfbookError
-from golfbook.files import resolve, runs_root
+from golfbook.files import read_json, resolve, runs_root
 from golfbook.machine import available_cores, visible_gpus
 from golfbook.runs import STAGES, environment
 
@@ -86,20 +84,20 @@ def read_history() -> History:
     training, scoring, tokens = [], [], []
     here = environment()
     for folder in sorted({path.parent for path in runs_root().glob("*/*/result.training.json")}):
-        machine = _read_json(folder / "env.json")
+        machine = read_json(folder / "env.json")
         if machine.get("processor") != here["processor"] or machine.get("cores") != here["cores"]:
             continue
         with contextlib.suppress(GolfbookError):
-            config = validate(_read_json(folder / "config.json"))
+            config = validate(read_json(folder / "config.json"))
             size = rough_parameters(config.model)
-            trained = _read_json(folder / "result.training.json")
+            trained = read_json(folder / "result.training.json")
             if trained.get("status") != "ok" or trained.get("device", "cpu").startswith("cuda") != uses_gpu(config):
                 continue
             seconds = _number(trained, "train_seconds")
             if seconds >= LEAST_SECONDS:
                 share = _number(trained, "steps") / config.train.steps or 1.0  # the clock may have ended it earlier
                 training.append(Work(size, share * training_operations(config), seconds))
-            scored = _read_json(folder / "result.test_time_training.json")
+            scored = read_json(folder / "result.test_time_training.json")
             seconds, count = _number(scored, "score_seconds"), int(_number(scored, "tokens"))
             if scored.get("status") == "ok" and count:
                 tokens.append((config.data, count))
@@ -186,11 +184,3 @@ def _nearest_speed(known: Iterable[Work], size: int) -> float | None:
 def _number(values: Mapping[str, Any], key: str) -> float:
     value = values.get(key)
     return float(value) if isinstance(value, int | float) and value > 0 else 0.0
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -30,6 +30,7 @@ from golfbook.files import (
     atomic_write_json,
     figures_root,
     project_root,
+    read_json,
     runs_root,
     sha256_file,
 )
@@ -116,11 +117,7 @@ def figure_record(study: str, name: str) -> Path:
 
 def read_figure_record(study: str, name: str) -> dict[str, Any]:
     """Content of :func:`figure_record`; empty where there is none or it is unreadable."""
-    try:
-        value = json.loads(figure_record(study, name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_json(figure_record(study, name))
 
 
 def execute(source: Path, target: Path, parameters: Mapping[str, Any], private: Path, first_line: str = "") -> Path:

@@ -154,6 +154,15 @@ def decode_text(data: bytes, path: str | Path) -> str:
         raise DataError(f"{path}, line {line}: byte {error.start} is no UTF-8; convert the file to UTF-8") from None
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Content of a JSON file that holds a mapping; empty where it is missing, unreadable or holds something else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def canonical_json(value: Any) -> str:
     """Compact JSON with sorted keys: the text that hashes are taken of."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

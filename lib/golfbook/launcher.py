@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from golfbook.errors import RunError
-from golfbook.files import atomic_write_json, folders, project_root
+from golfbook.files import atomic_write_json, folders, project_root, read_json
 from golfbook.runs import Run
 
 Update = Callable[[list[dict[str, Any]]], None]
@@ -180,11 +180,8 @@ def stop(*runs: Run, timeout: float = SAVE_SECONDS, hurry: Callable[[], bool] = 
 
 def _note(run: Run) -> dict[str, Any]:
     """What the last launch noted: ``pid`` of the launcher, ``log_start``, the size of the log before it, ``job``."""
-    with contextlib.suppress(OSError, ValueError):
-        note = json.loads((run.path / "trainer.json").read_text(encoding="utf-8"))
-        if isinstance(note, dict) and isinstance(note.get("pid"), int):
-            return {"log_start": 0, **note}
-    return {"pid": 0, "log_start": 0}
+    note = read_json(run.path / "trainer.json")
+    return {"log_start": 0, **(note if isinstance(note.get("pid"), int) else {"pid": 0})}
 
 
 def _processes() -> Iterator[tuple[Path, bool, psutil.Process]]:

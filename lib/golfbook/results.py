@@ -21,6 +21,7 @@ from golfbook.files import (
     atomic_write_json,
     canonical_json,
     project_root,
+    read_json,
     runs_root,
     sha256_bytes,
 )
@@ -226,11 +227,7 @@ def read_record(study: str) -> dict[str, Any]:
     """What jobs have noted about a study: the variants of each job file, those it had before (``former``), and the
     hash of the last collection.
     """
-    try:
-        value = json.loads((runs_root() / study / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_json(runs_root() / study / RECORD)
 
 
 def update_record(study: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -315,9 +312,8 @@ def _text(value: Any) -> str:
 
 
 def _environment(path: Path) -> dict[str, Any]:
-    try:
-        env = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    env = read_json(path)
+    if not env:
         return {}
     packages = env.get("packages") or {}
     known = {**env, "torch": packages.get("torch")}
