@@ -27,22 +27,23 @@ def as_before() -> Iterator[None]:
     yield
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ and compiled is None:
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    devices = sys.modules.get("golfbook.devices")
-    if devices is not None:
-        devices.prepare(devices.torch.get_num_threads(), devices.torch.device("cpu"), devices.Choices())
-        devices.torch.use_deterministic_algorithms(False)
+    compute = sys.modules.get("golfbook.compute")
+    if compute is not None:
+        compute.prepare(compute.torch.get_num_threads(), compute.torch.device("cpu"), compute.Choices())
+        compute.torch.use_deterministic_algorithms(False)
 
 
 def invent_choices(cache: Path, **changes: object) -> None:
     """Put choices into a cache as if they had been measured: tests then compute alike on every machine, and at once."""
     import torch
 
-    from golfbook import choices, devices
+    from golfbook import compute
+    from golfbook.train import choices
 
     attention = {f"training, {dtype}, short": "blocked" for dtype in ("float32", "bfloat16")}
     precision = {"short": "float32", "long": "float32"}
     who = choices.identity(torch.device("cpu"))
-    found = devices.Choices(**{"precision": precision, "attention": attention, "identity": who, **changes})
+    found = compute.Choices(**{"precision": precision, "attention": attention, "identity": who, **changes})
     atomic_write_json(cache / "choices" / choices.cached(who).name, asdict(found))
 
 

@@ -1,4 +1,4 @@
-"""A small project for tests of the job runner: notebooks that write results through golfbook.runs, and train nothing.
+"""A small project for tests of the job runner: notebooks that write results through golfbook.run, and train nothing.
 
 A file ``<fault>-<variant>-s<seed>`` in the project folder makes the training notebook of that run misbehave, or start
 what the rest of the library takes for its trainer.
@@ -44,7 +44,7 @@ import os, signal, time
 from pathlib import Path
 from golfbook.errors import DataError
 from golfbook.files import project_root, sha256_bytes, sha256_file
-from golfbook.runs import notebook_run
+from golfbook.run import notebook_run
 run = notebook_run(preset, seed, overrides, study, variant, run_dir)
 (run.path / "pid.txt").write_text(str(os.getpid()))
 with (run.path / "executions.txt").open("a") as stream:
@@ -228,7 +228,7 @@ class Project:
 def start_trainer(folder: Path, *, stubborn: bool = False, job: bool = True) -> subprocess.Popen[bytes]:
     """Start a detached process that looks like the trainer of a run folder; a stubborn one does not heed SIGTERM."""
     kind = "stubborn" if stubborn else "obedient"
-    command = [sys.executable, "-c", TRAINER, kind, "torch.distributed.run", "-m", "golfbook.training", str(folder)]
+    command = [sys.executable, "-c", TRAINER, kind, "torch.distributed.run", "-m", "golfbook.train.loop", str(folder)]
     process = subprocess.Popen(command, start_new_session=True)
     (folder / "trainer.json").write_text(json.dumps({"pid": process.pid, "job": job}))
     wait_for((folder / "training.txt").exists, "the trainer has begun")
@@ -238,7 +238,7 @@ def start_trainer(folder: Path, *, stubborn: bool = False, job: bool = True) -> 
 def trainers(folder: Path) -> set[str]:
     """Names of the run folders below a folder on which a process works as a trainer."""
     words = [process.info["cmdline"] or [""] for process in psutil.process_iter(["cmdline"])]
-    return {Path(w[-1]).name for w in words if "golfbook.training" in w and w[-1].startswith(str(folder))}
+    return {Path(w[-1]).name for w in words if "golfbook.train.loop" in w and w[-1].startswith(str(folder))}
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:

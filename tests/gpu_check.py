@@ -45,11 +45,18 @@ import bench_training
 import bench_ttt_linear
 import plain_training
 
-from golfbook import attention, choices, costs, devices, runs, scoring, stages, steps
-from golfbook.config import Config, load_config
+from golfbook import compute
+from golfbook import run as runs
+from golfbook.config.load import load_config
+from golfbook.config.schema import Config
 from golfbook.errors import GolfbookError
+from golfbook.evaluate import scoring
 from golfbook.files import atomic_write_json, runs_root
-from golfbook.model import GPT, initialise
+from golfbook.model import attention, costs
+from golfbook.model.gpt import GPT, initialise
+from golfbook.study import stages
+from golfbook.train import choices
+from golfbook.train import step as steps
 from reference import masked_attention
 
 PRESET = "pr1166_e2e_ttt_flow"
@@ -136,7 +143,7 @@ class Check:
                 "gpu_memory_bytes": properties.total_memory,
                 "capability": ".".join(map(str, torch.cuda.get_device_capability(self.device))),
             }
-        found["ceilings_flops"] = {p: devices.product_ceiling(self.device, p) for p in ("float32", "bfloat16")}
+        found["ceilings_flops"] = {p: compute.product_ceiling(self.device, p) for p in ("float32", "bfloat16")}
         return found
 
     def attention(self) -> Values:
@@ -190,7 +197,7 @@ class Check:
             "mfu": speed * work / self.report["machine"]["ceilings_flops"][step.precision],
             "optimizer_seconds": optimizers,
             "optimizer_share": optimizers / whole,
-            "peak_memory_bytes": devices.peak_memory_bytes(self.device),
+            "peak_memory_bytes": compute.peak_memory_bytes(self.device),
         }
 
     def variants(self) -> Values:
@@ -351,8 +358,9 @@ def fitting_rows(config: Config, device: torch.device) -> int:
 @contextlib.contextmanager
 def prepared_corpus() -> Iterator[None]:
     """Make the corpus of the run in another process meanwhile: it takes a minute in which no GPU has work."""
-    work = f"corpus.prepare(config.load_config({PRESET!r}, overrides={CORPUS!r}))"
-    with subprocess.Popen([sys.executable, "-c", f"from golfbook import config, corpus; {work}"]) as process:
+    modules = "from golfbook.config.load import load_config; from golfbook.data import dataset"
+    work = f"{modules}; dataset.prepare(load_config({PRESET!r}, overrides={CORPUS!r}))"
+    with subprocess.Popen([sys.executable, "-c", work]) as process:
         try:
             yield
         finally:

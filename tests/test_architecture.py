@@ -17,15 +17,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from golfbook import architecture_figures, artifact, figures, quantization
-from golfbook import architecture_panels as parts
-from golfbook.config import ModelConfig, load_config, preset_names, read_yaml
+from golfbook.compress import container as artifact
+from golfbook.compress import rowwise
+from golfbook.config.load import load_config, preset_names, read_yaml
+from golfbook.config.schema import ModelConfig
 from golfbook.errors import ConfigError
-from golfbook.model import BOS_ID, GPT, exported, exported_state, initialise, parameter_table
-from golfbook.muon import make_optimizers
-from golfbook.panels import Switch
-from golfbook.refiners import TTTLinear
-from golfbook.scan import GROUP, _Scan, ttt_scan
+from golfbook.model.gpt import BOS_ID, GPT, exported, exported_state, initialise, parameter_table
+from golfbook.model.refiners import TTTLinear
+from golfbook.model.ttt_scan import GROUP, _Scan, ttt_scan
+from golfbook.panels import architecture as parts
+from golfbook.panels.base import Switch
+from golfbook.plots import architecture as architecture_plots
+from golfbook.plots import style as figures
+from golfbook.train.muon import make_optimizers
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from bench_ttt_linear import plain_loop
@@ -154,12 +158,12 @@ def survives_the_artifact(config: ModelConfig, folder: Path) -> None:
     """Quantised, written, read and built, the model gives the logits of its decoded weights in memory, to the bit."""
     model = open_model(config)
     settings_ = load_config("quickstart", overrides={"quantize.passthrough_numel": 20}).quantize
-    quantized = quantization.quantize_state(exported_state(model), settings_)
+    quantized = rowwise.quantize_state(exported_state(model), settings_)
     path = folder / "model.golf"
     artifact.write_artifact(path, exported(config), quantized, "0" * 64, settings_, WINDOW)
     loaded = artifact.read_artifact(path).build()
     assert loaded.config == exported(config)
-    model.load_state_dict(quantization.dequantize(quantized), strict=config.mtp.num_heads == 0)
+    model.load_state_dict(rowwise.dequantize(quantized), strict=config.mtp.num_heads == 0)
     tokens = documents(config.vocab_size)
     with torch.no_grad():
         assert torch.equal(loaded(tokens), model(tokens))
@@ -238,7 +242,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         *tensors, eta = tensors_and_rate
         return _Scan.apply(*(t.contiguous() for t in tensors), eta)
 
-    monkeypatch.setattr("golfbook.refiners.ttt_scan", scan)
+    monkeypatch.setattr("golfbook.model.refiners.ttt_scan", scan)
 
 
 def gradients(function, module: TTTLinear, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -458,7 +462,7 @@ def texts(figure: figures.Picture) -> str:
 @pytest.mark.parametrize("preset", preset_names())
 def test_the_diagram_has_every_block_refiner_and_skip(preset):
     model = load_config(preset).model
-    picture = architecture_figures.data_flow(model)
+    picture = architecture_plots.data_flow(model)
     shown = texts(picture)
     for i in range(model.num_layers):
         assert f"block {i}" in shown
@@ -479,7 +483,7 @@ def test_the_diagram_has_every_block_refiner_and_skip(preset):
     ],
 )
 def test_the_diagram_of_unusual_models(changes):
-    shown = texts(architecture_figures.data_flow(model_config(**changes)))
+    shown = texts(architecture_plots.data_flow(model_config(**changes)))
     assert ("block 1 x3" in shown) == ("recurrence" in changes)
     assert ("smear gate" in shown) == changes.get("smear", True)
 
@@ -492,12 +496,12 @@ def test_pictures_are_pure():
         {"variant": ["a", "b"], "mean": [0.1, -0.2], "low": [0.0, -0.3], "high": [0.2, -0.1], "n": [3, 3]}
     )
     draws = [
-        lambda: architecture_figures.attention(weights, [str(i) for i in range(30)], layer=0),
-        lambda: architecture_figures.own_value_share([weights[0]] * 2, [weights[1]] * 2, (1,)),
-        lambda: architecture_figures.gates({"many": weights[0], "one": np.array([0.007]), "two": [1.0, 2.0]}),
-        lambda: architecture_figures.rope({64: [1.0, 0.1], 128: [1.0, 0.05]}, 64),
-        lambda: architecture_figures.collisions([0, 3, 2], [np.nan, 0.4, 0.9]),
-        lambda: architecture_figures.effects(table),
+        lambda: architecture_plots.attention(weights, [str(i) for i in range(30)], layer=0),
+        lambda: architecture_plots.own_value_share([weights[0]] * 2, [weights[1]] * 2, (1,)),
+        lambda: architecture_plots.gates({"many": weights[0], "one": np.array([0.007]), "two": [1.0, 2.0]}),
+        lambda: architecture_plots.rope({64: [1.0, 0.1], 128: [1.0, 0.05]}, 64),
+        lambda: architecture_plots.collisions([0, 3, 2], [np.nan, 0.4, 0.9]),
+        lambda: architecture_plots.effects(table),
     ]
     before = weights.copy(), table.copy()
     for draw in draws:

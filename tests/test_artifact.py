@@ -16,8 +16,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from golfbook import artifact as module
-from golfbook.artifact import (
+from golfbook.compress import container as module
+from golfbook.compress.container import (
     MAGIC,
     PREFIX,
     code_bytes,
@@ -27,13 +27,14 @@ from golfbook.artifact import (
     size_report,
     write_artifact,
 )
-from golfbook.config import QuantizeConfig, load_config
+from golfbook.compress.rowwise import dequantize, quantize_state
+from golfbook.config.load import load_config
+from golfbook.config.schema import QuantizeConfig
+from golfbook.data.tokenizer import train_tokenizer
 from golfbook.errors import ArtifactError, GolfbookError
+from golfbook.evaluate.scoring import score
 from golfbook.files import sha256_file
-from golfbook.model import GPT, initialise
-from golfbook.quantization import dequantize, quantize_state
-from golfbook.scoring import score
-from golfbook.tokenizer import train_tokenizer
+from golfbook.model.gpt import GPT, initialise
 
 SHA = "0123456789abcdef" * 4
 TINY = {

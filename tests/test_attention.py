@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from golfbook import attention
-from golfbook.attention import causal_attention
+from golfbook import compute
 from golfbook.errors import RunError
+from golfbook.model import attention
+from golfbook.model.attention import causal_attention
 from reference import masked_attention
 from test_kernels import compare, values
 
@@ -74,14 +75,14 @@ def test_what_can_run_here_and_why_the_others_cannot(monkeypatch):
 def test_auto_is_what_was_measured_for_the_kind_of_call(monkeypatch):
     called = []
     for name in ("blocked", "sdpa"):
-        compute = attention._COMPUTE[name]
+        computed = attention._COMPUTE[name]
         monkeypatch.setitem(
-            attention._COMPUTE, name, lambda *x, name=name, compute=compute: called.append(name) or compute(*x)
+            attention._COMPUTE, name, lambda *x, name=name, computed=computed: called.append(name) or computed(*x)
         )
-    monkeypatch.setattr(attention, "_measured", {})
+    monkeypatch.setattr(compute, "_current", compute.Choices())
     q, k, v = (x.float() for x in heads(8))
     causal_attention(q, k, v)
-    attention.use_measured({attention.case(False, torch.float32, 8): "blocked"})
+    compute._current = compute.Choices(attention={compute.case(False, torch.float32, 8): "blocked"})
     with torch.no_grad():
         causal_attention(q, k, v)
     causal_attention(q.detach(), k.detach(), v.detach())

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from golfbook.averaging import WeightAverage
-from golfbook.config import TrainConfig
-from golfbook.schedules import lr_scale
+from golfbook.config.schema import TrainConfig
+from golfbook.train.averaging import WeightAverage
+from golfbook.train.schedules import lr_scale
 
 MODES = ["none", "ema", "swa", "swa_of_ema"]
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from conftest import invent_choices
-from golfbook import attention, choices, devices
-from golfbook.config import load_config
-from golfbook.devices import Choices
-from golfbook.runs import Run, create_run
+from golfbook import compute
+from golfbook.compute import Choices
+from golfbook.config.load import load_config
+from golfbook.run import Run, create_run
+from golfbook.train import choices
 
 CPU = torch.device("cpu")
 
@@ -48,7 +49,7 @@ def timings(monkeypatch, invented: dict[str, float]) -> None:
         return {name: invented.get(name, 1.0) for name in candidates}
 
     monkeypatch.setattr(choices, "race", race)
-    monkeypatch.setattr(devices, "products_are_exact", lambda library: True)
+    monkeypatch.setattr(compute, "products_are_exact", lambda library: True)
 
 
 def test_each_choice_follows_its_own_timings(monkeypatch):
@@ -66,14 +67,14 @@ def test_slow_bfloat16_products_end_the_matter(monkeypatch):
     found = choices.measure(CPU)
     assert found.precision == {"short": "float32", "long": "float32"}
     assert found.attention == {
-        attention.case(training, torch.float32, time): "blocked" for training in (True, False) for time in (256, 2048)
+        compute.case(training, torch.float32, time): "blocked" for training in (True, False) for time in (256, 2048)
     }
     assert found.seconds[choices.TRIAL] == {"float32": 1.0, "bfloat16": 3.0}
 
 
 def test_a_library_that_rounds_is_no_candidate(monkeypatch):
     timings(monkeypatch, {"onednn": 0.1})
-    monkeypatch.setattr(devices, "products_are_exact", lambda library: library == "torch")
+    monkeypatch.setattr(compute, "products_are_exact", lambda library: library == "torch")
     assert choices.measure(CPU).products == "torch"
 
 

@@ -20,11 +20,12 @@ import pytest
 from rich.console import Console
 
 from fixture_project import Project, wait_for
-from golfbook import __version__, cli, reports, results, terminal
-from golfbook.config import load_config
+from golfbook import __version__, cli, reports, terminal
+from golfbook.config.load import load_config
 from golfbook.errors import RunError
-from golfbook.jobs import Progress
-from golfbook.runs import Run, create_run, skipped_runs
+from golfbook.run import Run, create_run, skipped_runs
+from golfbook.study import results
+from golfbook.study.pool import Progress
 
 DATA = Path(__file__).parent / "data"
 COMMANDS = ("run", "status", "collect", "presets", "score", "lab")
@@ -309,10 +310,10 @@ def artifact(folder: Path) -> Path:
     """A tiny quantised model with random weights, and the challenge's tokenizer beside it."""
     import torch
 
-    from golfbook.artifact import write_artifact
+    from golfbook.compress.container import write_artifact
+    from golfbook.compress.rowwise import quantize_state
     from golfbook.files import sha256_file
-    from golfbook.model import GPT, initialise
-    from golfbook.quantization import quantize_state
+    from golfbook.model.gpt import GPT, initialise
 
     torch.set_num_threads(1)
     config = load_config("quickstart", overrides={"model.num_layers": 2, "model.model_dim": 32, "model.rope_dims": 4})
@@ -336,9 +337,9 @@ def test_score_gives_the_bits_per_byte_of_any_text(
     capsys: pytest.CaptureFixture[str],
     read_only: Callable[[Path], AbstractContextManager[None]],
 ) -> None:
-    from golfbook.artifact import read_artifact
-    from golfbook.scoring import bits_per_byte, score
-    from golfbook.tokenizer import Tokenizer
+    from golfbook.compress.container import read_artifact
+    from golfbook.data.tokenizer import Tokenizer
+    from golfbook.evaluate.scoring import bits_per_byte, score
 
     path = artifact(project.root)
     text = "Bits per byte divide by the bytes of the text — these too: é, 漢字." * 4

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golfbook.config import Config, keys, load_config, preset_names, scale_names, validate
+from golfbook.config.load import keys, load_config, preset_names, scale_names, validate
+from golfbook.config.schema import Config
 from golfbook.errors import ConfigError
-from golfbook.model import parameter_table
+from golfbook.model.gpt import parameter_table
 
 PUBLISHED_TOTALS = {
     "pr1166_e2e_ttt_flow": 25_749_398,

@@ -19,13 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 
-from golfbook import activity, corpus
-from golfbook.config import Config, load_config
-from golfbook.corpus import encode_for_scoring, prepare, unigram_bits_per_byte
-from golfbook.documents import split_documents
+from golfbook import activity
+from golfbook.config.load import load_config
+from golfbook.config.schema import Config
+from golfbook.data import dataset
+from golfbook.data.dataset import encode_for_scoring, prepare, unigram_bits_per_byte
+from golfbook.data.documents import split_documents
+from golfbook.data.shards import read_shard, write_shard
+from golfbook.data.tokenizer import Tokenizer, audit_documents
 from golfbook.errors import ByteAccountingError, DataError, RunError
-from golfbook.shards import read_shard, write_shard
-from golfbook.tokenizer import Tokenizer, audit_documents
 
 HERE = Path(__file__).parent
 FINEWEB = HERE / "data/fineweb_docs_100.jsonl"
@@ -103,7 +105,7 @@ def test_second_prepare_is_cached_and_equal(golfbook_home: Path, monkeypatch: py
     said = [json.loads(line)["doing"] for line in (golfbook_home / activity.FILE).read_text().splitlines()]
     steps = ["reading documents", "leaving out duplicates", "training the tokenizer", "encoding the text"]
     assert said[0] == "opening the text" and said[2:-1] == steps and said[-1] == activity.NOTEBOOK
-    monkeypatch.setattr(corpus, "_build", lambda *_: pytest.fail("built twice"))
+    monkeypatch.setattr(dataset, "_build", lambda *_: pytest.fail("built twice"))
     second = prepare(config_for(FINEWEB))
     assert first.fingerprint == second.fingerprint and first.info == second.info
     np.testing.assert_array_equal(first.val_tokens, second.val_tokens)
@@ -157,8 +159,8 @@ def test_cached_files_that_are_damaged_are_built_again(golfbook_home: Path, capl
 
 def test_killed_build_leaves_nothing_that_is_believed(golfbook_home: Path) -> None:
     script = (
-        "import time\nfrom golfbook import corpus\nfrom golfbook.config import load_config\n"
-        "whole = corpus.write_shard\n"
+        "import time\nfrom golfbook.data import dataset\nfrom golfbook.config.load import load_config\n"
+        "whole = dataset.write_shard\n"
         "def stop(path, tokens):\n    whole(path, tokens)\n    print('half', flush=True)\n    time.sleep(60)\n"
         "corpus.write_shard = stop\n"
         f"corpus.prepare(load_config(overrides={{'data': {{'source': 'text', 'path': {str(FINEWEB)!r}}}}}))\n"
@@ -177,8 +179,8 @@ def test_killed_build_leaves_nothing_that_is_believed(golfbook_home: Path) -> No
 
 def _prepare_in_child(queue: Any) -> None:
     built = []
-    original = corpus._build
-    corpus._build = lambda *a: (built.append(1), time.sleep(0.5), original(*a))[2]  # type: ignore[assignment]
+    original = dataset._build
+    dataset._build = lambda *a: (built.append(1), time.sleep(0.5), original(*a))[2]  # type: ignore[assignment]
     queue.put((prepare(config_for(FINEWEB)).fingerprint, len(built)))
 
 
@@ -282,7 +284,7 @@ def test_errors_name_no_temporary_folder(golfbook_home: Path, monkeypatch: pytes
         except OSError as error:
             raise RunError(f"cannot write {path}") from error
 
-    monkeypatch.setattr(corpus, "write_shard", full)
+    monkeypatch.setattr(dataset, "write_shard", full)
     with pytest.raises(DataError, match=r"cannot write the cache .*: No space left on device") as caught:
         prepare(config_for(FINEWEB))
     assert "building" not in str(caught.value)

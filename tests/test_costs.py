@@ -12,10 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from golfbook import cli, costs, layers
-from golfbook.config import ModelConfig, load_config, preset_names
-from golfbook.model import GPT, initialise, parameter_table
-from golfbook.scoring import plan_windows, score
+from golfbook import cli
+from golfbook.compress import budget
+from golfbook.config.load import load_config, preset_names
+from golfbook.config.schema import ModelConfig
+from golfbook.evaluate.scoring import plan_windows, score
+from golfbook.model import costs, layers
+from golfbook.model.gpt import GPT, initialise, parameter_table
+from golfbook.train import speed
 
 PUBLISHED = Path(__file__).parents[1] / "runs" / "published" / "runs.csv"
 TINY = {"model.vocab_size": 96, "model.bigram": {"vocab_size": 64}}
@@ -131,8 +135,8 @@ def test_activation_memory_grows_with_tokens():
 
 
 def test_optimizer_operations_are_those_of_newton_schulz(monkeypatch):
-    from golfbook import muon
-    from golfbook.muon import make_optimizers, newton_schulz, parameter_groups
+    from golfbook.train import muon
+    from golfbook.train.muon import make_optimizers, newton_schulz, parameter_groups
 
     monkeypatch.setattr(muon, "GRAM_RATIO", 1000)  # the formula's count, without the products that long matrices save
     config = load_config("pr1166_e2e_ttt_flow", scale="tiny", overrides={"model.mtp.num_heads": 1})
@@ -141,7 +145,7 @@ def test_optimizer_operations_are_those_of_newton_schulz(monkeypatch):
     with FlopCounterMode(display=False) as counter:
         for name in parameter_groups(network, config.train)["matrix"]:
             newton_schulz(network.get_parameter(name).detach(), config.train.newton_schulz_steps, torch.float32)
-    assert costs.optimizer_flops(config.model) == counter.get_total_flops()
+    assert speed.optimizer_flops(config.model) == counter.get_total_flops()
 
 
 # preset, variant and system in the published table, GPU, how many, and the error the estimate is known to have
@@ -158,7 +162,7 @@ STEPS = [
 @pytest.mark.parametrize(("preset", "variant", "gpu", "gpus", "known"), STEPS)
 def test_step_times_against_the_published_ones(published, preset, variant, gpu, gpus, known):
     measured = published.loc[published["variant"] == variant, "step_ms"].mean()
-    estimate = 1000 * costs.step_time(load_config(preset), costs.GPUS[gpu], gpus).seconds
+    estimate = 1000 * speed.step_time(load_config(preset), speed.GPUS[gpu], gpus).seconds
     error = estimate / measured - 1
     print(f"{preset}: estimated {estimate:.0f} ms, published {measured:.0f} ms, error {error:+.1%}")
     assert abs(error) < known
@@ -168,7 +172,7 @@ def test_step_times_against_the_published_ones(published, preset, variant, gpu, 
 def test_activation_memory_against_the_published_peaks(published, preset, variant):
     """The published peak holds weights, optimiser and logits too: activations are most of it, and less than all."""
     peak = published.loc[published["variant"] == variant, "peak_mem_mib"].mean() * 2**20
-    ratio = costs.activation_bytes(load_config(preset).model, costs.MICRO_BATCH_TOKENS) / peak
+    ratio = costs.activation_bytes(load_config(preset).model, speed.MICRO_BATCH_TOKENS) / peak
     print(f"{preset}: {ratio - 1:+.0%}")
     assert 0.8 < ratio < 1.0
 
@@ -183,7 +187,7 @@ def test_activation_memory_against_the_published_peaks(published, preset, varian
 def test_artifact_bytes_against_the_published_ones(published, preset, variant):
     config = load_config(preset)
     measured = published.loc[published["variant"] == variant, "model_bytes"].mean()
-    estimate = costs.artifact_bytes(config.model, config.quantize)
+    estimate = budget.artifact_bytes(config.model, config.quantize)
     print(f"{preset}: estimated {estimate:,}, published {measured:,.0f} bytes, error {estimate / measured - 1:+.1%}")
     assert abs(estimate / measured - 1) < 0.08
 
@@ -195,7 +199,7 @@ def test_published_parameter_counts_are_ours(published):
 
 
 def test_gpus_are_data_with_a_source():
-    for name, gpu in costs.GPUS.items():
+    for name, gpu in speed.GPUS.items():
         assert gpu.name == name and "data sheet" in gpu.source
         assert 1e14 < gpu.flops < 1e16 and 1e12 < gpu.bandwidth < 1e13 and gpu.memory_bytes >= 4e10
 
@@ -210,8 +214,8 @@ def test_the_command_shows_every_preset_within_80_columns(monkeypatch):
     work = costs.per_token(config.model, 2048)
     assert params == "26.9" and float(forward) == round(work.inference / 1e6) and float(train) == 379
     assert float(score_.replace(",", "")) == round(costs.scoring(config.model, 2048, 64) / 1e6)
-    assert file == f"{costs.artifact_bytes(config.model, config.quantize) / 1e6:.3g}"
-    seconds = costs.step_time(config, costs.GPUS["A100 PCIe 40GB"]).seconds
+    assert file == f"{budget.artifact_bytes(config.model, config.quantize) / 1e6:.3g}"
+    seconds = speed.step_time(config, speed.GPUS["A100 PCIe 40GB"]).seconds
     assert float(a100.replace(",", "")) == pytest.approx(1000 * seconds, abs=1)
 
 
@@ -219,5 +223,5 @@ def test_the_command_shows_one_preset_by_component():
     shown = CliRunner().invoke(cli.app, ["presets", "pr1166_e2e_ttt_flow", "--cost"], catch_exceptions=False).output
     for name in costs.per_token(load_config("pr1166_e2e_ttt_flow").model, 2048).forward:
         assert f"forward: {name}" in shown
-    for name in costs.GPUS:
+    for name in speed.GPUS:
         assert f"step on {name}, ms" in shown

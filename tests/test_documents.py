@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golfbook import documents
-from golfbook.corpus import read_documents
-from golfbook.documents import cut, near_duplicates, split_documents
+from golfbook.data import documents
+from golfbook.data.dataset import read_documents
+from golfbook.data.documents import cut, near_duplicates, split_documents
 from golfbook.errors import DataError
 
 WORDS = [

@@ -14,10 +14,14 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from PIL import Image
 
-from golfbook import figures, scoring, size_figures, statistics, text_figures
-from golfbook.config import TrainConfig
+from golfbook.analysis import statistics
+from golfbook.config.schema import TrainConfig
 from golfbook.errors import GolfbookError, RunError
-from golfbook.schedules import schedule_table
+from golfbook.evaluate import scoring
+from golfbook.plots import size as size_plots
+from golfbook.plots import style as figures
+from golfbook.plots import text as text_plots
+from golfbook.train.schedules import schedule_table
 
 
 def legend(axes: Axes) -> list[str]:
@@ -73,31 +77,31 @@ def examples() -> dict[str, figures.Picture]:
         "schedule of one step of AdamW": figures.schedule(schedule_config(steps=1, matrix_optimizer="adamw")),
         "seeds": figures.seeds(SEEDS, unigram_bpb=3.5),
         "seeds_needed": figures.seeds_needed(0.002, 0.001),
-        "bytes_per_token": text_figures.bytes_per_token([0, 1, 1, 3]),
-        "top_pieces": text_figures.top_pieces(["a", "$b$", "\U0001f600"], [3, 2, 1], [3, 4, 4]),
-        "tokens": text_figures.tokens(["\u2581the", "$x$", "\U0001f600"], [4, 3, 4]),
-        "tokens of nothing": text_figures.tokens([], [], []),
-        "vocabularies": text_figures.vocabularies(
+        "bytes_per_token": text_plots.bytes_per_token([0, 1, 1, 3]),
+        "top_pieces": text_plots.top_pieces(["a", "$b$", "\U0001f600"], [3, 2, 1], [3, 4, 4]),
+        "tokens": text_plots.tokens(["\u2581the", "$x$", "\U0001f600"], [4, 3, 4]),
+        "tokens of nothing": text_plots.tokens([], [], []),
+        "vocabularies": text_plots.vocabularies(
             pd.DataFrame({"pieces": [300, 900], "bits_per_token": [6.0, 8.0], "bits_per_byte": [4.0, 3.0]})
         ),
-        "windows": text_figures.windows(plan.starts, plan.first, plan.stop, window=32, targets=100),
-        "times_scored": text_figures.times_scored([1, 1], [1, 4], first_target=7),
-        "loss_by_context": text_figures.loss_by_context(np.arange(200) % 20 + 1, {"model": rng.exponential(2, 200)}),
-        "stride_ladder": text_figures.stride_ladder(ladder),
-        "parameters": size_figures.parameters({"attention": 30, "MLP": 70}),
-        "grid": size_figures.grid(weights[0], float(scale[0, 0]), 31),
-        "quantization": size_figures.quantization(
+        "windows": text_plots.windows(plan.starts, plan.first, plan.stop, window=32, targets=100),
+        "times_scored": text_plots.times_scored([1, 1], [1, 4], first_target=7),
+        "loss_by_context": text_plots.loss_by_context(np.arange(200) % 20 + 1, {"model": rng.exponential(2, 200)}),
+        "stride_ladder": text_plots.stride_ladder(ladder),
+        "parameters": size_plots.parameters({"attention": 30, "MLP": 70}),
+        "grid": size_plots.grid(weights[0], float(scale[0, 0]), 31),
+        "quantization": size_plots.quantization(
             weights, integers, integers * scale, bits=6, scale=float(scale[0, 0]), name="matrix"
         ),
-        "bits_curve": size_figures.bits_curve(
+        "bits_curve": size_plots.bits_curve(
             pd.DataFrame({"bits": [3, 4], "clip": ["all", "all"], "error": [0.2, 0.1], "entropy_bits": [2.5, 3.4]})
         ),
-        "bits_choice": size_figures.bits_choice(widths, 5),
-        "entropy_bytes": size_figures.entropy_bytes(
+        "bits_choice": size_plots.bits_choice(widths, 5),
+        "entropy_bytes": size_plots.entropy_bytes(
             pd.DataFrame({"group": ["MLP"], "nominal_bytes": [1000], "entropy_bytes": [700.0], "lzma_bytes": [720]})
         ),
-        "size_quality": size_figures.size_quality(widths.assign(name=["4 bits", "5 bits", "6 bits"]), title="title"),
-        "budget": size_figures.budget({"code": 100_000, "artifact": 500_000}),
+        "size_quality": size_plots.size_quality(widths.assign(name=["4 bits", "5 bits", "6 bits"]), title="title"),
+        "budget": size_plots.budget({"code": 100_000, "artifact": 500_000}),
     }
 
 
@@ -131,9 +135,9 @@ def test_figures_leave_pyplot_and_settings_alone() -> None:
 
 
 def test_foreign_settings_do_not_change_a_figure() -> None:
-    plain = figures.png(size_figures.budget({"code": 10, "artifact": 20}))
+    plain = figures.png(size_plots.budget({"code": 10, "artifact": 20}))
     with matplotlib.rc_context({"font.size": 22, "axes.grid": False, "axes.facecolor": "red"}):
-        assert figures.png(size_figures.budget({"code": 10, "artifact": 20})) == plain
+        assert figures.png(size_plots.budget({"code": 10, "artifact": 20})) == plain
 
 
 def test_notebooks_show_a_figure_as_one_png(pictures: dict[str, figures.Picture]) -> None:
@@ -242,7 +246,7 @@ def test_schedule_says_what_never_happens() -> None:
 
 def test_gif_has_all_frames_and_their_times() -> None:
     def frames() -> list[figures.Picture]:
-        return [size_figures.budget({"code": n * 1_000_000}) for n in (1, 4, 9)]
+        return [size_plots.budget({"code": n * 1_000_000}) for n in (1, 4, 9)]
 
     data = figures.gif(frames(), [100, 200, 300])
     assert data == figures.gif(frames(), [100, 200, 300])
@@ -257,7 +261,7 @@ def test_gif_has_all_frames_and_their_times() -> None:
 
 def test_windows_draws_the_plan() -> None:
     plan = scoring.plan_windows(100, 32, 8)
-    (axes,) = text_figures.windows(plan.starts, plan.first, plan.stop, window=32, targets=100, shown=3).axes
+    (axes,) = text_plots.windows(plan.starts, plan.first, plan.stop, window=32, targets=100, shown=3).axes
     spans = [(p.get_x(), p.get_width()) for p in axes.patches]
     assert spans == [(0, 32), (0, 32), (8, 32), (32, 8), (16, 32), (40, 8)]
     assert f"{len(plan)} forward passes" in axes.get_title(loc="left")
@@ -265,43 +269,43 @@ def test_windows_draws_the_plan() -> None:
 
 
 def test_tokens_are_spelt_so_that_any_font_has_them() -> None:
-    assert text_figures.printable("\u2581a b") == "␣a␣b"
-    assert text_figures.printable("\n\U0001f600") == "U+000AU+1F600"
-    (axes,) = text_figures.tokens(["a", "b"], [1, 2], [1.0, 2.0]).axes
+    assert text_plots.printable("\u2581a b") == "␣a␣b"
+    assert text_plots.printable("\n\U0001f600") == "U+000AU+1F600"
+    (axes,) = text_plots.tokens(["a", "b"], [1, 2], [1.0, 2.0]).axes
     assert "2 tokens, 3 bytes" in axes.get_title(loc="left")
     assert f"{3 / np.log(2) / 3:.2f} bits per byte" in axes.get_title(loc="left")
 
 
 def test_loss_by_context_averages_by_bin() -> None:
     context = np.repeat([1, 10], 50)
-    (axes,) = text_figures.loss_by_context(context, {"m": np.repeat([5.0, 2.0], 50)}, bins=4).axes
+    (axes,) = text_plots.loss_by_context(context, {"m": np.repeat([5.0, 2.0], 50)}, bins=4).axes
     line = axes.containers[0].lines[0]
     assert line.get_xydata().tolist() == [[1, 5], [10, 2]]
 
 
 def test_entropy_and_error() -> None:
-    assert size_figures.entropy_bits([1, 1, 2, 2]) == pytest.approx(1.0)
-    assert size_figures.entropy_bits([7, 7]) == 0.0
-    assert size_figures.entropy_bits(np.arange(64)) == pytest.approx(6.0)
-    assert size_figures.relative_error([3.0, 4.0], [3.0, 4.0]) == 0.0
-    assert size_figures.relative_error([3.0, 4.0], [0.0, 0.0]) == pytest.approx(1.0)
+    assert size_plots.entropy_bits([1, 1, 2, 2]) == pytest.approx(1.0)
+    assert size_plots.entropy_bits([7, 7]) == 0.0
+    assert size_plots.entropy_bits(np.arange(64)) == pytest.approx(6.0)
+    assert size_plots.relative_error([3.0, 4.0], [3.0, 4.0]) == 0.0
+    assert size_plots.relative_error([3.0, 4.0], [0.0, 0.0]) == pytest.approx(1.0)
 
 
 def test_budget_says_what_is_left_or_too_much() -> None:
-    inside = size_figures.budget({"code": 1_000_000, "artifact": 2_000_000})
+    inside = size_plots.budget({"code": 1_000_000, "artifact": 2_000_000})
     assert inside.axes[0].get_title(loc="left") == "3,000,000 of 16,000,000 bytes (18.75%): 13,000,000 bytes left"
-    beyond = size_figures.budget({"code": 1_000_000, "artifact": 16_000_000})
+    beyond = size_plots.budget({"code": 1_000_000, "artifact": 16_000_000})
     assert "1,000,000 bytes too many" in beyond.axes[0].get_title(loc="left")
 
 
 def test_grid_counts_levels_and_clipped_weights() -> None:
     weights = np.array([-1.0, -0.5, 0.0, 0.5, 2.0])
-    title = size_figures.grid(weights, 0.5, 3).axes[0].get_title(loc="left")
+    title = size_plots.grid(weights, 0.5, 3).axes[0].get_title(loc="left")
     assert "7 of 7 levels" in title
     assert "20.0% clipped" in title
-    rounded = size_figures.grid(np.array([-1.0, 1.0]), 0.333, 3).axes[0].get_title(loc="left")
+    rounded = size_plots.grid(np.array([-1.0, 1.0]), 0.333, 3).axes[0].get_title(loc="left")
     assert "0.0% clipped" in rounded  # a scale rounded down to float16 cuts nothing off
-    coarse = size_figures.grid(np.array([-0.1, 0.0, 0.1]), 1 / 31, 31).axes[0].get_title(loc="left")
+    coarse = size_plots.grid(np.array([-0.1, 0.0, 0.1]), 1 / 31, 31).axes[0].get_title(loc="left")
     assert "7 of 63 levels" in coarse
 
 

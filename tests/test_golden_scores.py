@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from golfbook import scoring
-from golfbook.config import load_config
-from golfbook.model import GPT
-from golfbook.tokenizer import Tokenizer
+from golfbook.config.load import load_config
+from golfbook.data.tokenizer import Tokenizer
+from golfbook.evaluate import scoring
+from golfbook.model.gpt import GPT
 from reference import fill_hashed, hashed_tokens
 
 HERE = Path(__file__).parent

@@ -63,7 +63,7 @@ def test_parts_without_time_and_parts_not_asked_for_are_left_out(tmp_path, monke
 
 
 def test_an_eager_step_does_not_pass_for_a_compiled_one(monkeypatch):
-    monkeypatch.setattr(gpu_check.devices, "why_not_compile", lambda device: "no compiler")
+    monkeypatch.setattr(gpu_check.compute, "why_not_compile", lambda device: "no compiler")
     check = gpu_check.Check(torch.device("cpu"), quick=True, count=1)
     with pytest.raises(gpu_check.GolfbookError, match="no compiler"):
         check.compiled(gpu_check.PRESET, 1)

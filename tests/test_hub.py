@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from golfbook import hub
-from golfbook.config import load_config
-from golfbook.corpus import prepare
+from golfbook.config.load import load_config
+from golfbook.data import fineweb
+from golfbook.data.dataset import prepare
+from golfbook.data.fineweb import REPOSITORY, SHARD_FOLDER, TOKENIZER_FOLDER, TOKENIZER_NAME, download_fineweb
+from golfbook.data.shards import write_shard
+from golfbook.data.tokenizer import Tokenizer, audit_documents
 from golfbook.errors import DataError
-from golfbook.hub import REPOSITORY, SHARD_FOLDER, TOKENIZER_FOLDER, TOKENIZER_NAME, download_fineweb
-from golfbook.shards import write_shard
-from golfbook.tokenizer import Tokenizer, audit_documents
 
 HERE = Path(__file__).parent
 COMMIT = "c0ffee" + "0" * 34
@@ -121,8 +121,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def fake(published: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.setattr(hub, "CHUNK", 4096)
-    monkeypatch.setattr(hub, "PAUSE", 0.0)
+    monkeypatch.setattr(fineweb, "CHUNK", 4096)
+    monkeypatch.setattr(fineweb, "PAUSE", 0.0)
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)

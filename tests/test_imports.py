@@ -1,4 +1,4 @@
-"""The library is flat, its modules are short, imports flow one way, and importing does no work."""
+"""The library is a house of rooms one level deep: modules are short, imports go down, importing does no work."""
 
 from __future__ import annotations
 
@@ -12,114 +12,75 @@ import pytest
 import golfbook
 
 PACKAGE = Path(golfbook.__file__).parent
-# A module imports only from modules before it. A new module takes its place here.
-ORDER = [
-    "errors",
-    "machine",
-    "activity",
-    "terminal",
-    "files",
-    "settings",
-    "config",
-    "runs",
-    "shards",
-    "tokenizer",
-    "documents",
-    "pydocs",
-    "hub",
-    "corpus",
-    "kernels",
-    "attention",
-    "layers",
-    "losses",
-    "scan",
-    "refiners",
-    "model",
-    "published",
-    "scoring",
-    "schedules",
-    "averaging",
-    "checkpoints",
-    "muon",
-    "quantization",
-    "qat",
-    "loaders",
-    "costs",
-    "devices",
-    "diagnostics",
-    "steps",
-    "choices",
-    "launcher",
-    "training",
-    "artifact",
-    "stages",
-    "estimates",
-    "plan",
-    "results",
-    "writes",
-    "interpreter",
-    "execution",
-    "interrupts",
-    "jobs",
-    "statistics",
-    "figures",
-    "text_figures",
-    "size_figures",
-    "architecture_figures",
-    "training_figures",
-    "panels",
-    "architecture_panels",
-    "training_panels",
-    "summaries",
-    "reports",
-    "cli",
+# A room imports only from rooms above it in this list and from itself.
+ROOMS = [
+    *("errors", "files", "activity", "machine", "config", "run", "compute", "data", "model", "published", "evaluate"),
+    *("compress", "train", "plain", "study", "analysis", "plots", "panels", "terminal", "reports", "cli"),
 ]
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-LONGEST = 450
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "__init__.py"
+)
+LONGEST = 420
 HEAVY = ("torch", "numpy", "pandas", "scipy", "matplotlib", "papermill", "IPython", "sentencepiece", "pyarrow")
 
 
 def imported(module: str) -> set[str]:
     """Modules of the package that a module imports anywhere in its text, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} uses a relative import"
-            if node.module == "golfbook":
-                found |= {alias.name for alias in node.names}
-            elif node.module and node.module.startswith("golfbook."):
-                found.add(node.module.split(".")[1])
+            if node.module and node.module.split(".")[0] == "golfbook":
+                name = node.module.removeprefix("golfbook").removeprefix(".")
+                found |= {name, *(f"{name}.{alias.name}".removeprefix(".") for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("golfbook.")}
+            found |= {alias.name.removeprefix("golfbook.") for alias in node.names if "golfbook." in alias.name}
     return found & set(MODULES)
 
 
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_flow_one_way(module: str) -> None:
-    assert module in ORDER, f"give {module} a place in ORDER"
-    late = {name for name in imported(module) if ORDER.index(name) >= ORDER.index(module)}
-    assert not late, f"{module} imports {', '.join(sorted(late))}, which come after it"
+def test_imports_go_down(module: str) -> None:
+    assert room(module) in ROOMS, f"give {room(module)} a place in ROOMS"
+    up = {name for name in imported(module) if ROOMS.index(room(name)) > ROOMS.index(room(module))}
+    assert not up, f"{module} imports {', '.join(sorted(up))}, which stand above it"
+
+
+def test_no_modules_import_each_other() -> None:
+    waiting = {module: imported(module) - {module} for module in MODULES}
+    while free := [module for module, needs in waiting.items() if not needs & set(waiting)]:
+        for module in free:
+            del waiting[module]
+    assert not waiting, f"imported in a circle: {', '.join(sorted(waiting))}"
 
 
 def test_the_check_sees_imports() -> None:
-    assert {"errors", "files", "config"} <= imported("runs")
-    assert "artifact" in imported("cli")  # inside a function
+    assert {"errors", "files", "config.schema"} <= imported("run")
+    assert {"compress.container", "study.results"} <= imported("cli")  # inside functions
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_are_short_and_say_what_they_are(module: str) -> None:
-    text = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    path = PACKAGE / f"{module.replace('.', '/')}.py"
+    text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= LONGEST
     assert ast.get_docstring(ast.parse(text))
+    assert len(path.relative_to(PACKAGE).parts) <= 2, "packages are one level deep"
 
 
-def test_package_is_flat() -> None:
-    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
-    assert folders <= {"presets", "__pycache__"}
+def test_a_package_hands_nothing_on() -> None:
+    """Every name has one place: a package's own file only says what the package is for."""
+    for path in PACKAGE.glob("*/__init__.py"):
+        assert len(ast.parse(path.read_text(encoding="utf-8")).body) == 1, path
 
 
 def test_command_line_and_planning_import_nothing_heavy() -> None:
-    code = "import sys, golfbook.cli, golfbook.jobs; print(*(set(sys.modules) & set(sys.argv[1:])))"
+    code = "import sys, golfbook.cli, golfbook.study.pool; print(*(set(sys.modules) & set(sys.argv[1:])))"
     done = subprocess.run([sys.executable, "-c", code, *HEAVY], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from fixture_project import Project, kill, trainers, wait_for
-from golfbook import jobs
-from golfbook.interrupts import Interrupts
+from golfbook.study import pool
+from golfbook.study.interrupts import Interrupts
 
 
 @pytest.fixture
@@ -132,18 +132,18 @@ def test_a_progress_that_cannot_be_shown_ends_the_trainers_too(
         monkeypatch.setenv(name, value)
     project.fault("trainer")
 
-    def closed(_: jobs.Progress) -> None:
+    def closed(_: pool.Progress) -> None:
         if trainers(project.runs):
             raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        jobs.run(jobs.plan(project.job), closed)
+        pool.run(pool.plan(project.job), closed)
     assert not trainers(project.runs)
 
 
 def test_interrupts_are_counted_and_what_was_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([10.0, 10.05, 10.2])
-    monkeypatch.setattr("golfbook.interrupts.time.monotonic", lambda: next(moments))
+    monkeypatch.setattr("golfbook.study.interrupts.time.monotonic", lambda: next(moments))
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     before = signal.getsignal(signal.SIGINT)
     try:

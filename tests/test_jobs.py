@@ -19,13 +19,15 @@ import pytest
 from rich.console import Console
 
 from fixture_project import Project, start_trainer, trainers
-from golfbook import activity, execution, jobs, reports, results, writes
-from golfbook.config import load_config
+from golfbook import activity, reports
+from golfbook.config.load import load_config
 from golfbook.errors import RunError
 from golfbook.files import sha256_file
-from golfbook.interrupts import Interrupts
-from golfbook.plan import PlannedRun
-from golfbook.runs import STAGES, create_run
+from golfbook.run import STAGES, create_run
+from golfbook.study import notebook as notebook_process
+from golfbook.study import pool, results, writes
+from golfbook.study.interrupts import Interrupts
+from golfbook.study.plan import PlannedRun
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +184,7 @@ def test_private_folders_of_dead_processes_are_removed(tmp_path: Path, monkeypat
     dead = tmp_path / "golfbook-dead"
     (dead / "kernel").mkdir(parents=True)
     dead.with_suffix(".lock").touch()
-    with execution.private_folder() as living, execution.private_folder() as second:
+    with notebook_process.private_folder() as living, notebook_process.private_folder() as second:
         assert not dead.exists() and living.is_dir() and second.is_dir() and living != second
         assert living.stat().st_mode & 0o777 == 0o700
     assert not list(tmp_path.iterdir())
@@ -195,24 +197,26 @@ def test_a_kernel_that_does_not_start_is_explained(
     python = project.root / "python"
     python.write_text(f"#!/bin/sh\necho 'the disk is on fire' >&2\n{ending}\n")
     python.chmod(0o755)
-    monkeypatch.setattr("golfbook.interpreter.sys", types.SimpleNamespace(executable=str(python)))
+    monkeypatch.setattr("golfbook.study.interpreter.sys", types.SimpleNamespace(executable=str(python)))
     with pytest.raises(RunError, match=f"(?s)no kernel could be started by .*{cause}.*the disk is on fire") as error:
-        execution.execute(project.root / "notebooks/10_seeds.ipynb", project.root / "out.ipynb", {}, project.root)
+        notebook_process.execute(
+            project.root / "notebooks/10_seeds.ipynb", project.root / "out.ipynb", {}, project.root
+        )
     assert "is ipykernel installed" not in str(error.value)
 
 
 def test_a_slow_disk_has_time_to_start_a_kernel(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr("papermill.execute_notebook", lambda *paths, **options: given.update(options))
-    execution.execute(project.root / "notebooks/10_seeds.ipynb", project.root / "out.ipynb", {}, project.root)
+    notebook_process.execute(project.root / "notebooks/10_seeds.ipynb", project.root / "out.ipynb", {}, project.root)
     assert given["start_timeout"] >= 30 * 60
 
 
 def test_trainers_of_an_earlier_call_come_first_and_are_never_too_many(project: Project) -> None:
     """Of a job with one worker, two runs are being trained; and one of no job any more, and one by hand."""
     training_only(project, seeds=[1, 2, 3])
-    made = dataclasses.replace(jobs.plan(project.job), workers=1)
-    job = jobs._Job(made, print, Interrupts())
+    made = dataclasses.replace(pool.plan(project.job), workers=1)
+    job = pool._Job(made, print, Interrupts())
     config = load_config("quickstart", seed=9)
     former, by_hand = (create_run("small", name, config) for name in ("former", "by_hand"))
     processes = [start_trainer(planned.path) for planned in made.runs[1:]]
@@ -230,7 +234,7 @@ def test_trainers_of_an_earlier_call_come_first_and_are_never_too_many(project: 
 
 
 def test_redraw_executes_no_run(project: Project) -> None:
-    report = jobs.run(jobs.plan(project.job), redraw=True)
+    report = pool.run(pool.plan(project.job), redraw=True)
     assert [status.executed for status in report.runs] == [[], []] and project.results() == {}
     assert [(figure.state, figure.message) for figure in report.figures] == [("skipped", "no run has finished")]
 
@@ -245,7 +249,7 @@ def test_failures_do_not_stop_the_others_and_are_tried_again(project: Project) -
         project.fault("data", "data-s1"),
         project.fault("plot", "plot-s1"),
     ]
-    report = jobs.run(jobs.plan(project.job))
+    report = pool.run(pool.plan(project.job))
     states = {status.planned.variant: status for status in report.runs}
     assert {name: status.state for name, status in states.items()} == {
         "killed": "failed", "broken": "failed", "data": "failed", "plot": "failed", "good": "done"
@@ -273,7 +277,7 @@ def test_failures_do_not_stop_the_others_and_are_tried_again(project: Project) -
 
     for path in faults:
         path.unlink()
-    again = jobs.run(jobs.plan(project.job))
+    again = pool.run(pool.plan(project.job))
     assert all(status.state == "done" for status in again.runs) and not again.failures
     assert {status.planned.variant for status in again.runs if status.executed} == {"killed", "broken", "data", "plot"}
     assert not list(project.runs.rglob("*.partial.ipynb"))
@@ -305,16 +309,16 @@ def test_full_disk_while_a_job_is_prepared(project: Project, monkeypatch: pytest
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    made = jobs.plan(training_only(project).job)
+    made = pool.plan(training_only(project).job)
     monkeypatch.setattr("golfbook.files.tempfile.mkstemp", full)
     with pytest.raises(RunError, match=r"cannot write .*job\.json: No space left on device; check free space"):
-        jobs.run(made)
+        pool.run(made)
 
 
 def test_full_disk_while_a_notebook_runs(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     from papermill.iorw import papermill_io
 
-    from golfbook.execution import execute_stage
+    from golfbook.study.notebook import execute_stage
 
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
@@ -331,7 +335,7 @@ def test_a_notebook_that_leaves_no_result_has_failed(project: Project) -> None:
     book = nbformat.read(project.root / "notebooks/03_training.ipynb", as_version=4)
     book.cells = book.cells[:1]
     nbformat.write(book, project.root / "notebooks/03_training.ipynb")
-    [status] = jobs.run(jobs.plan(project.job)).runs
+    [status] = pool.run(pool.plan(project.job)).runs
     assert status.state == "failed" and "result.training.json does not say 'ok'" in status.message
 
 
@@ -347,19 +351,19 @@ def test_each_worker_has_gpus_of_its_own(project: Project, monkeypatch: pytest.M
     for module in ("jobs", "plan", "estimates"):
         monkeypatch.setattr(f"golfbook.{module}.visible_gpus", lambda: ["0", "3", "5", "7"])
     overrides = {"train.processes": 2}
-    made = jobs.plan(training_only(project, seeds=[1, 2, 3, 4], overrides=overrides).job)
+    made = pool.plan(training_only(project, seeds=[1, 2, 3, 4], overrides=overrides).job)
     assert made.workers == 2
     started: list[tuple[str, str]] = []
     both = threading.Barrier(2)
 
     def spawn(self: object, log: Path, planned: PlannedRun, gpus: list[str], *arguments: str) -> int:
-        environment = jobs._environment(planned, gpus)
+        environment = pool._environment(planned, gpus)
         started.append((environment["CUDA_VISIBLE_DEVICES"], environment["OMP_NUM_THREADS"]))
         both.wait(20)  # two runs are in hand at a time
         return 1
 
-    monkeypatch.setattr(jobs._Job, "_spawn", spawn)
-    report = jobs.run(made)
+    monkeypatch.setattr(pool._Job, "_spawn", spawn)
+    report = pool.run(made)
     assert sorted(started) == [("0,3", "1")] * 2 + [("5,7", "1")] * 2
     assert [status.message for status in report.runs] == ["the process ended with status 1"] * 4
 
@@ -368,19 +372,19 @@ def test_slots_and_workers_fit_the_largest_run(project: Project, monkeypatch: py
     for module in ("jobs", "plan", "estimates"):
         monkeypatch.setattr(f"golfbook.{module}.visible_gpus", lambda: ["0", "3", "5", "7"])
     variants = {"one": {}, "two": {"train.processes": 2}}
-    made = jobs.plan(training_only(project, variants=variants, seeds=[1, 2]).job)
+    made = pool.plan(training_only(project, variants=variants, seeds=[1, 2]).job)
     assert made.workers == 2
     started: list[tuple[str, str, str]] = []
     both = threading.Barrier(2)
 
     def spawn(self: object, log: Path, planned: PlannedRun, gpus: list[str], *arguments: str) -> int:
-        seen = jobs._environment(planned, gpus)["CUDA_VISIBLE_DEVICES"]
+        seen = pool._environment(planned, gpus)["CUDA_VISIBLE_DEVICES"]
         started.append((planned.variant, seen, gpus[0]))
         both.wait(20)
         return 1
 
-    monkeypatch.setattr(jobs._Job, "_spawn", spawn)
-    jobs.run(made)
+    monkeypatch.setattr(pool._Job, "_spawn", spawn)
+    pool.run(made)
     pairs = {"0": "0,3", "5": "5,7"}
     assert len(started) == 4
     for variant, seen, first in started:
@@ -388,9 +392,9 @@ def test_slots_and_workers_fit_the_largest_run(project: Project, monkeypatch: py
 
 
 def test_a_busy_run_says_what_it_does(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = jobs.plan(project.job).runs[0]
+    planned = pool.plan(project.job).runs[0]
     run = create_run("small", planned.variant, planned.config)
-    status = jobs.RunStatus(planned, "running", "training", since=1000.0)
+    status = pool.RunStatus(planned, "running", "training", since=1000.0)
     steps = planned.config.train.steps
     activity.record_in(run.path)
     try:
@@ -399,7 +403,7 @@ def test_a_busy_run_says_what_it_does(project: Project, monkeypatch: pytest.Monk
             if step:
                 run.append_metrics({"kind": "train", "step": step, "loss": 1.0})
             activity.doing(what)
-            found.append(jobs._doing(status))
+            found.append(pool._doing(status))
     finally:
         activity.record_in(None)
     assert found == [
@@ -409,7 +413,7 @@ def test_a_busy_run_says_what_it_does(project: Project, monkeypatch: pytest.Monk
         f"training 20/{steps}: validating",
     ]
     status.since = time.time() + 60
-    assert jobs._doing(status) == f"training 20/{steps}", "nothing noted since this stage began"
+    assert pool._doing(status) == f"training 20/{steps}", "nothing noted since this stage began"
 
 
 def test_a_notebook_gets_all_folders_absolute(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,7 +424,7 @@ def test_a_notebook_gets_all_folders_absolute(project: Project, monkeypatch: pyt
     for name, value in (("ROOT", ".."), ("RUNS", "r"), ("CACHE", "c"), ("FIGURES", "f")):
         monkeypatch.setenv(f"GOLFBOOK_{name}", value)
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # of this terminal; the logs are not it
-    environment = jobs._environment(jobs.plan(project.job).runs[0], [])
+    environment = pool._environment(pool.plan(project.job).runs[0], [])
     assert environment["PYTHONIOENCODING"] == "utf-8"
     assert {name: environment[f"GOLFBOOK_{name}"] for name in ("ROOT", "RUNS", "CACHE", "FIGURES")} == {
         "ROOT": str(project.root),
@@ -432,7 +436,7 @@ def test_a_notebook_gets_all_folders_absolute(project: Project, monkeypatch: pyt
 
 def finish_training(project: Project, job: Path | None = None) -> pd.DataFrame:
     """Write the training results of a job without running it; returns the collected table."""
-    made = jobs.plan(job or project.job)
+    made = pool.plan(job or project.job)
     results.note_variants(made)
     for planned in made.runs:
         run = create_run(made.study, planned.variant, planned.config)
@@ -466,7 +470,7 @@ def test_renamed_and_removed_variants_leave_the_tables(
 
 def test_reference_tables_hold_settings_scores_and_curves(project: Project) -> None:
     project.write_job(seeds=[1, 2], variants={"base": {}, "wide": {"model.xsa": [0, 1], "train.batch_tokens": 4096}})
-    made = jobs.plan(project.job)
+    made = pool.plan(project.job)
     for index, planned in enumerate(made.runs):
         run = create_run(made.study, planned.variant, planned.config)
         if index == 3:
@@ -602,7 +606,7 @@ def test_collecting_twice_gives_the_same_files(finished: Project, monkeypatch: p
     monkeypatch.setenv("GOLFBOOK_RUNS", str(finished.runs))
     path = finished.runs / "small/results.parquet"
     before = path.read_bytes()
-    jobs.collect("small")
+    pool.collect("small")
     assert path.read_bytes() == before
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from golfbook import kernels
-from golfbook.attention import causal_attention
+from golfbook.model import kernels
+from golfbook.model.attention import causal_attention
 
 
 def compare(ours, plain, *inputs: torch.Tensor, atol: float = 1e-10) -> None:

@@ -18,20 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golfbook.config import TrainConfig, load_config
-from golfbook.corpus import prepare
-from golfbook.documents import read_documents
+from golfbook.config.load import load_config
+from golfbook.config.schema import TrainConfig
+from golfbook.data.batches import CoprimeLoader, Cursor, Loader, Prefetching, SequentialLoader, hash_names, make_loader
+from golfbook.data.dataset import prepare
+from golfbook.data.documents import read_documents
+from golfbook.data.shards import read_shard, write_shard
 from golfbook.errors import CheckpointError, DataError
-from golfbook.loaders import (
-    CoprimeLoader,
-    Cursor,
-    Loader,
-    Prefetching,
-    SequentialLoader,
-    hash_names,
-    make_loader,
-)
-from golfbook.shards import read_shard, write_shard
 
 DATA = Path(__file__).parent / "data"
 SIZES = st.lists(st.integers(9, 150), min_size=1, max_size=12)

@@ -6,15 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from golfbook import losses
-from golfbook.losses import softcapped_cross_entropy
+from golfbook.model import cross_entropy
+from golfbook.model.cross_entropy import softcapped_cross_entropy
 
 
 @pytest.mark.parametrize("cap", [5.0, 60.0])
 @pytest.mark.parametrize("positions", [1, 7, 8, 23])
 def test_equals_the_plain_formula(positions, cap, monkeypatch):
     """Tolerance: a float32 logit near ``2 cap`` is off by half a unit in its last place, and so is log p."""
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 8 * 50)  # eight positions a chunk
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 8 * 50)  # eight positions a chunk
     generator = torch.Generator().manual_seed(positions)
     hidden = torch.randn(positions, 12, generator=generator, dtype=torch.float64).mul_(3).requires_grad_()
     head = torch.randn(50, 12, generator=generator, dtype=torch.float64).mul_(3).requires_grad_()

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from golfbook.config import ModelConfig, load_config
-from golfbook.kernels import normed_heads, remove_own_value, rms_norm
-from golfbook.layers import BigramHash, Canon, SmearGate, rope_tables
-from golfbook.model import GPT, exported, exported_state, initialise, parameter_table
+from golfbook.config.load import load_config
+from golfbook.config.schema import ModelConfig
+from golfbook.model.gpt import GPT, exported, exported_state, initialise, parameter_table
+from golfbook.model.kernels import normed_heads, remove_own_value, rms_norm
+from golfbook.model.layers import BigramHash, Canon, SmearGate, rope_tables
 from reference import fill_hashed, hashed_batch, hashed_tokens, sine, uniform
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from golfbook import muon
-from golfbook.config import TrainConfig, load_config
-from golfbook.model import GPT
-from golfbook.muon import Muon, iteration_coefficients, make_optimizers, newton_schulz, parameter_groups
-from golfbook.schedules import muon_momentum
+from golfbook.config.load import load_config
+from golfbook.config.schema import TrainConfig
+from golfbook.model.gpt import GPT
+from golfbook.train import muon
+from golfbook.train.muon import Muon, iteration_coefficients, make_optimizers, newton_schulz, parameter_groups
+from golfbook.train.schedules import muon_momentum
 from reference import fill_hashed, hashed_tokens, sine, uniform
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "muon_pr1166.safetensors")

@@ -18,10 +18,10 @@ import papermill
 import pytest
 
 from conftest import invent_choices
-from golfbook import corpus
-from golfbook.config import load_config
-from golfbook.plan import STAGE_PARAMETERS
-from golfbook.runs import STAGE_NOTEBOOKS, Run, create_run, list_runs
+from golfbook.config.load import load_config
+from golfbook.data import dataset
+from golfbook.run import STAGE_NOTEBOOKS, Run, create_run, list_runs
+from golfbook.study.plan import STAGE_PARAMETERS
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -278,7 +278,7 @@ def test_data(home: Path) -> None:
     notebook = execute(
         home, "01_data_and_bits_per_byte", overrides=smoke(home), vocabularies=[300, 320], sample_documents=100
     )
-    data = corpus.prepare(load_config("quickstart", overrides=smoke(home)))
+    data = dataset.prepare(load_config("quickstart", overrides=smoke(home)))
     printed = json.dumps(notebook.cells)
     assert data.fingerprint in printed
     assert f"{data.info['unigram_bpb']:.4f} bits per byte" in printed

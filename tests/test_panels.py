@@ -14,12 +14,14 @@ import pandas as pd
 import pytest
 import torch
 
-from golfbook import figures, panels, size_figures
-from golfbook.config import load_config
+from golfbook.config.load import load_config
+from golfbook.data.tokenizer import Tokenizer, train_tokenizer
 from golfbook.errors import DataError
-from golfbook.model import GPT, initialise
-from golfbook.runs import Run
-from golfbook.tokenizer import Tokenizer, train_tokenizer
+from golfbook.model.gpt import GPT, initialise
+from golfbook.panels import base as panels
+from golfbook.plots import size as size_plots
+from golfbook.plots import style as figures
+from golfbook.run import Run
 
 SMALL = {
     "model": {"vocab_size": 300, "num_layers": 2, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 8},
@@ -111,7 +113,7 @@ def test_an_error_becomes_a_message_and_the_picture_stays() -> None:
     def draw(bits: int) -> figures.Picture:
         if bits == 2:
             raise DataError("no <b> here")
-        return size_figures.budget({"code": bits})
+        return size_plots.budget({"code": bits})
 
     controls, message, image = panels.Panel(draw, {"bits": panels.Slider("bits", 1, 1, 3)}).widget().children
     before = image.value
@@ -128,7 +130,7 @@ def test_a_state_is_drawn_once() -> None:
 
     def draw(bits: int) -> figures.Picture:
         drawn.append(bits)
-        return size_figures.budget({"code": bits})
+        return size_plots.budget({"code": bits})
 
     panel = panels.Panel(draw, {"bits": panels.Slider("bits", 1, 1, 3)})
     for bits in (1, 2, 1, 2):
@@ -176,7 +178,7 @@ def test_play_gives_a_gif_or_the_last_frame_alone(monkeypatch: pytest.MonkeyPatc
 
     def frame(code: int) -> figures.Picture:
         drawn.append(code)
-        return size_figures.budget({"code": code})
+        return size_plots.budget({"code": code})
 
     frames = [functools.partial(frame, code) for code in (10, 1_000_000)]
     monkeypatch.setenv("GOLFBOOK_STATIC", "1")

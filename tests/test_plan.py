@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from fixture_project import Project, notebook
-from golfbook import estimates
-from golfbook.config import load_config, preset_names
+from golfbook.config.load import load_config, preset_names
 from golfbook.errors import ConfigError, GolfbookError, RunError
-from golfbook.estimates import History, estimate, rough_parameters
-from golfbook.plan import check_notebook, flatten, plan, variant_hash
-from golfbook.runs import STAGE_NOTEBOOKS, create_run
+from golfbook.run import STAGE_NOTEBOOKS, create_run
+from golfbook.study import estimates
+from golfbook.study.estimates import History, estimate, rough_parameters
+from golfbook.study.plan import check_notebook, flatten, plan, variant_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -168,9 +168,9 @@ def test_notebooks_that_cannot_take_parameters(project: Project) -> None:
 
 
 def test_workers(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("golfbook.plan.available_cores", lambda: 8)
-    monkeypatch.setattr("golfbook.plan.visible_gpus", lambda: [])
-    monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: [])
+    monkeypatch.setattr("golfbook.study.plan.available_cores", lambda: 8)
+    monkeypatch.setattr("golfbook.study.plan.visible_gpus", lambda: [])
+    monkeypatch.setattr("golfbook.study.estimates.visible_gpus", lambda: [])
     seeds = list(range(20))
     assert plan(project.write_job(seeds=seeds)).workers == 8
     threads = {"train.threads": 2, "train.processes": 2}
@@ -178,49 +178,49 @@ def test_workers(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(project.write_job(seeds=seeds, workers=3)).workers == 3
     assert plan(project.job, workers=5).workers == 5
     assert plan(project.write_job()).workers == 2, "no more than there are runs"
-    monkeypatch.setattr("golfbook.plan.available_cores", lambda: 1)
+    monkeypatch.setattr("golfbook.study.plan.available_cores", lambda: 1)
     assert plan(project.write_job(overrides=threads)).workers == 1
-    monkeypatch.setattr("golfbook.plan.visible_gpus", lambda: ["0", "1", "2"])
-    monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: ["0", "1", "2"])
+    monkeypatch.setattr("golfbook.study.plan.visible_gpus", lambda: ["0", "1", "2"])
+    monkeypatch.setattr("golfbook.study.estimates.visible_gpus", lambda: ["0", "1", "2"])
     assert plan(project.write_job(seeds=seeds)).workers == 3
 
 
 def test_workers_fit_into_a_container(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("golfbook.plan.visible_gpus", lambda: [])
-    monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: [])
+    monkeypatch.setattr("golfbook.study.plan.visible_gpus", lambda: [])
+    monkeypatch.setattr("golfbook.study.estimates.visible_gpus", lambda: [])
     job = project.write_job(seeds=list(range(20)))
-    monkeypatch.setattr("golfbook.plan.available_cores", lambda: 3.5)
-    monkeypatch.setattr("golfbook.plan.available_memory", lambda: 10**12)
+    monkeypatch.setattr("golfbook.study.plan.available_cores", lambda: 3.5)
+    monkeypatch.setattr("golfbook.study.plan.available_memory", lambda: 10**12)
     assert plan(job).workers == 3
-    monkeypatch.setattr("golfbook.plan.available_cores", lambda: 0.5)
+    monkeypatch.setattr("golfbook.study.plan.available_cores", lambda: 0.5)
     assert plan(job).workers == 1
-    monkeypatch.setattr("golfbook.plan.available_cores", lambda: 64.0)
+    monkeypatch.setattr("golfbook.study.plan.available_cores", lambda: 64.0)
     need = plan(job).runs[0].estimate.memory_bytes
-    monkeypatch.setattr("golfbook.plan.available_memory", lambda: int(2.5 * need))
+    monkeypatch.setattr("golfbook.study.plan.available_memory", lambda: int(2.5 * need))
     assert plan(job).workers == 2
     seconds = []
     for cores in (1.0, 0.5):
-        monkeypatch.setattr("golfbook.estimates.available_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("golfbook.study.estimates.available_cores", lambda cores=cores: cores)
         seconds.append(plan(job).runs[0].estimate.seconds["training"] - estimates.NOTEBOOK_SECONDS)
     assert seconds[1] == pytest.approx(2 * seconds[0]), "half a core takes twice as long"
 
 
 def test_workers_fit_the_largest_variant(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("golfbook.plan.available_cores", lambda: 8)
-    monkeypatch.setattr("golfbook.plan.visible_gpus", lambda: [])
-    monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: [])
+    monkeypatch.setattr("golfbook.study.plan.available_cores", lambda: 8)
+    monkeypatch.setattr("golfbook.study.plan.visible_gpus", lambda: [])
+    monkeypatch.setattr("golfbook.study.estimates.visible_gpus", lambda: [])
     seeds = list(range(20))
     assert plan(project.write_job(seeds=seeds, variants={"a": {}, "b": {"train.threads": 64}})).workers == 1
     assert plan(project.write_job(seeds=seeds, variants={"a": {}, "b": {"train.processes": 4}})).workers == 2
-    monkeypatch.setattr("golfbook.plan.visible_gpus", lambda: ["0", "1", "2", "3"])
-    monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: ["0", "1", "2", "3"])
+    monkeypatch.setattr("golfbook.study.plan.visible_gpus", lambda: ["0", "1", "2", "3"])
+    monkeypatch.setattr("golfbook.study.estimates.visible_gpus", lambda: ["0", "1", "2", "3"])
     assert plan(project.job).workers == 1
     variants = {"auto": {}, "host": {"train.device": "cpu"}}
     with pytest.raises(
         ConfigError, match=r"job\.yaml: variants 'auto' .*auto\) and 'host' .*cpu\).*same train\.device"
     ):
         plan(project.write_job(variants=variants))
-    monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: [])
+    monkeypatch.setattr("golfbook.study.estimates.visible_gpus", lambda: [])
     assert len(plan(project.job).runs) == 2, "without a GPU both train on the CPU"
 
 
@@ -247,7 +247,7 @@ def test_estimates_follow_the_work_and_say_where_they_come_from(project: Project
 def test_short_runs_and_those_of_another_device_do_not_spoil_the_estimate(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("golfbook.estimates.visible_gpus", lambda: [])
+    monkeypatch.setattr("golfbook.study.estimates.visible_gpus", lambda: [])
     fixed = estimates.NOTEBOOK_SECONDS
 
     def expected(steps: int, *earlier: tuple[int, float, str], planned: int = 0) -> float:
@@ -271,7 +271,7 @@ def test_short_runs_and_those_of_another_device_do_not_spoil_the_estimate(
 
 @pytest.mark.parametrize("preset", preset_names())
 def test_rough_parameters_are_near_the_real_count(preset: str) -> None:
-    from golfbook.model import parameter_table
+    from golfbook.model.gpt import parameter_table
 
     model = load_config(preset).model
     assert rough_parameters(model) == pytest.approx(parameter_table(model)["total"], rel=0.05)
@@ -339,7 +339,7 @@ def test_shipped_jobs_are_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_planning_imports_nothing_heavy(project: Project) -> None:
     code = (
-        "import sys; from golfbook.plan import plan; plan(sys.argv[1]); "
+        "import sys; from golfbook.study.plan import plan; plan(sys.argv[1]); "
         "print(*(set(sys.modules) & {'torch', 'papermill', 'pandas', 'scipy'}))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(project.job)], capture_output=True, text=True, check=True)

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from golfbook.config import load_config, preset_names
-from golfbook.model import parameter_table
+from golfbook.config.load import load_config, preset_names
+from golfbook.model.gpt import parameter_table
 
 ROOT = Path(__file__).parents[1]
 

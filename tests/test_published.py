@@ -14,11 +14,11 @@ import torch
 import zstandard
 from safetensors.torch import load_file, save_file
 
-from golfbook.checkpoints import load_published, published_state
-from golfbook.config import load_config
+from golfbook.config.load import load_config
 from golfbook.errors import CheckpointError, ConfigError
-from golfbook.model import GPT, initialise
-from golfbook.published import ARGUMENTS, bank, read_state, system_name, unbank
+from golfbook.model.gpt import GPT, initialise
+from golfbook.published.checkpoints import ARGUMENTS, bank, read_state, system_name, unbank
+from golfbook.train.checkpoints import load_published, published_state
 from reference import fill_hashed, hashed_batch
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -220,7 +220,7 @@ def test_system_names_and_argument_names():
     for name in ("pr1166", "S1166", "1166", "PR 1166", "pr1166_11l_base"):
         assert system_name(name) == "pr1166"
     known = {f"model.{name}" for name in ARGUMENTS.values()}
-    from golfbook.config import keys
+    from golfbook.config.load import keys
 
     assert known <= set(keys())
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from golfbook import pydocs
-from golfbook.config import load_config
-from golfbook.corpus import Dataset, prepare
+from golfbook.config.load import load_config
+from golfbook.data import pydocs
+from golfbook.data.dataset import Dataset, prepare
+from golfbook.data.shards import read_shard
 from golfbook.errors import DataError
-from golfbook.shards import read_shard
 
 
 def _stdlib(*names: str) -> list[Path]:

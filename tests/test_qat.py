@@ -8,18 +8,19 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from golfbook.config import QuantizeConfig, load_config
+from golfbook.compress.rowwise import dequantize, quantize_state
+from golfbook.config.load import load_config
+from golfbook.config.schema import QuantizeConfig
 from golfbook.errors import RunError
-from golfbook.model import GPT, exported_state, initialise
-from golfbook.muon import make_optimizers
-from golfbook.qat import (
+from golfbook.model.gpt import GPT, exported_state, initialise
+from golfbook.train.muon import make_optimizers
+from golfbook.train.qat import (
     PUBLISHED_TARGETS,
     fake_quantized,
     published_fake_quantize,
     published_fake_quantized,
     quantized_names,
 )
-from golfbook.quantization import dequantize, quantize_state
 
 TINY = {
     "model.num_layers": 2, "model.model_dim": 32, "model.num_heads": 2, "model.num_kv_heads": 1, "model.rope_dims": 8,

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golfbook.config import QuantizeConfig, load_config
+from golfbook.compress.rowwise import dequantize, quantize_matrix, quantize_other, quantize_state, route, row_quantiles
+from golfbook.config.load import load_config
+from golfbook.config.schema import QuantizeConfig
 from golfbook.errors import RunError
-from golfbook.model import GPT, initialise
-from golfbook.quantization import dequantize, quantize_matrix, quantize_other, quantize_state, route, row_quantiles
+from golfbook.model.gpt import GPT, initialise
 from reference import sine, uniform
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from golfbook import estimates, results
-from golfbook.config import check_parameters, load_config
+from golfbook.config.load import check_parameters, load_config
 from golfbook.errors import ConfigError
-from golfbook.runs import create_run, notebook_run, open_run
+from golfbook.run import create_run, notebook_run, open_run
+from golfbook.study import estimates, results
 
 GIVEN: dict[str, Any] = {"preset": "quickstart", "seed": 1, "overrides": {}, "study": "s", "variant": "v"}
 

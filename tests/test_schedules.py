@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golfbook.averaging import WeightAverage
-from golfbook.config import TrainConfig
-from golfbook.schedules import lr_scale, muon_momentum, qat_active, schedule_table, snapshot_due, step_weights
+from golfbook.config.schema import TrainConfig
+from golfbook.train.averaging import WeightAverage
+from golfbook.train.schedules import lr_scale, muon_momentum, qat_active, schedule_table, snapshot_due, step_weights
 
 CONFIGS = st.builds(
     TrainConfig,

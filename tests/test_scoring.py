@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from golfbook import scoring
-from golfbook.config import load_config
+from golfbook.config.load import load_config
 from golfbook.errors import ConfigError, DataError, RunError
-from golfbook.model import GPT, initialise
-from golfbook.scoring import bits_per_byte, plan_windows, published_windows, score, score_windows, summarize
+from golfbook.evaluate import scoring
+from golfbook.evaluate.scoring import bits_per_byte, plan_windows, published_windows, score, score_windows, summarize
+from golfbook.model.gpt import GPT, initialise
 from reference import fill_hashed, hashed_tokens, sine
 from test_model import pr1406_tiny
 
@@ -223,11 +223,12 @@ def test_a_window_longer_than_the_text_changes_no_score(preset, monkeypatch):
 MEMORY = """
 import resource, sys
 import numpy as np, torch
-from golfbook.config import load_config
-from golfbook.model import GPT, initialise
-from golfbook import attention, scoring
+from golfbook.config.load import load_config
+from golfbook.model.gpt import GPT, initialise
+from golfbook import compute
+from golfbook.evaluate import scoring
 torch.set_num_threads(1)
-attention.use_measured({"inference, float32, long": "blocked"})
+compute.prepare(1, torch.device("cpu"), compute.Choices(attention={"inference, float32, long": "blocked"}))
 small = {"model.num_layers": 2, "model.xsa": 1, "model.model_dim": 32, "model.num_heads": 2, "model.num_kv_heads": 1}
 model = initialise(GPT(load_config("quickstart", overrides=small).model), 0)
 count, window = int(sys.argv[1]), int(sys.argv[2])

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from golfbook.data.shards import find_shards, read_shard, write_shard
 from golfbook.errors import DataError, RunError
-from golfbook.shards import find_shards, read_shard, write_shard
 
 
 @pytest.fixture

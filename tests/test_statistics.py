@@ -9,8 +9,16 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from golfbook.analysis.statistics import (
+    Summary,
+    describe,
+    paired_by_seed,
+    paired_difference,
+    spread_text,
+    summarize,
+    welch,
+)
 from golfbook.errors import ConfigError
-from golfbook.statistics import Summary, describe, paired_by_seed, paired_difference, spread_text, summarize, welch
 
 A = [2.10, 2.14, 2.09, 2.17]
 B = [2.20, 2.18, 2.19, 2.30]

@@ -9,18 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from golfbook import devices, steps
-from golfbook.config import Config, load_config
+from golfbook import compute
+from golfbook.config.load import load_config
+from golfbook.config.schema import Config
 from golfbook.errors import RunError
-from golfbook.model import GPT, initialise
-from golfbook.steps import TrainingStep
+from golfbook.model.gpt import GPT, initialise
+from golfbook.train import step as steps
+from golfbook.train.step import TrainingStep
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import bench_training
 import plain_training
 
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(bool(devices.why_not_compile(CPU)), reason=devices.why_not_compile(CPU))
+needs_compiler = pytest.mark.skipif(bool(compute.why_not_compile(CPU)), reason=compute.why_not_compile(CPU))
 
 
 def tiny(preset: str = "pr1166_e2e_ttt_flow", **overrides) -> Config:
@@ -125,44 +127,44 @@ def test_the_straightforward_side_of_the_benchmarks_computes_the_same(preset, ba
 
 
 def test_precision_is_what_was_measured(monkeypatch):
-    measured = devices.Choices(
+    measured = compute.Choices(
         precision={"short": "bfloat16", "long": "float32"},
         seconds={"precision, short": {"float32": 0.06, "bfloat16": 0.04}},
     )
     config = tiny(**{"train.precision": "auto"})
-    monkeypatch.setattr(devices, "_current", devices.Choices())
-    assert devices.choose_precision(config) == ("float32", "nothing was measured on this machine")
-    monkeypatch.setattr(devices, "_current", measured)
-    assert devices.choose_precision(config) == ("bfloat16", "measured: float32 60 ms, bfloat16 40 ms")
+    monkeypatch.setattr(compute, "_current", compute.Choices())
+    assert compute.choose_precision(config) == ("float32", "nothing was measured on this machine")
+    monkeypatch.setattr(compute, "_current", measured)
+    assert compute.choose_precision(config) == ("bfloat16", "measured: float32 60 ms, bfloat16 40 ms")
     long = tiny(**{"train.precision": "auto", "train.sequence_length": 1024, "train.batch_tokens": 1024})
-    assert devices.choose_precision(long)[0] == "float32"
-    assert devices.choose_precision(tiny()) == ("float32", "train.precision says so")
+    assert compute.choose_precision(long)[0] == "float32"
+    assert compute.choose_precision(tiny()) == ("float32", "train.precision says so")
     with pytest.raises(RunError, match="sees no CUDA device"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        devices.choose_device(tiny(**{"train.device": "cuda"}))
+        compute.choose_device(tiny(**{"train.device": "cuda"}))
 
 
 def test_float32_products_stay_float32_whatever_computes_them():
     """The setting that hands products to oneDNN permits bfloat16, so a machine where it rounds must not use it."""
     for library in ("torch", "onednn"):
-        if library == "onednn" and not devices.products_are_exact(library):
+        if library == "onednn" and not compute.products_are_exact(library):
             continue
-        devices.prepare(1, CPU, devices.Choices(library))
+        compute.prepare(1, CPU, compute.Choices(library))
         generator = torch.Generator().manual_seed(3)
         a, b = torch.randn(300, 200, generator=generator), torch.randn(200, 100, generator=generator)
         error = ((a @ b).double() - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm()
-        assert error < devices.EXACT
+        assert error < compute.EXACT
 
 
 def test_rounded_products_are_refused(monkeypatch):
-    assert devices.products_are_exact("torch")
+    assert compute.products_are_exact("torch")
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: bmm(a.bfloat16(), b.bfloat16()).float())
-    assert not devices.products_are_exact("onednn")
+    assert not compute.products_are_exact("onednn")
 
 
 def test_the_ceiling_is_a_speed_of_products():
-    assert devices.product_ceiling(CPU, "float32", size=128, repeats=2) > 1e8
+    assert compute.product_ceiling(CPU, "float32", size=128, repeats=2) > 1e8
 
 
 def test_adamw_on_the_matrices_and_unknown_attention():

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from fixture_project import Project
 from golfbook import reports, terminal
-from golfbook.config import load_config
-from golfbook.runs import create_run
+from golfbook.config.load import load_config
+from golfbook.run import create_run
 
 LONG = "a_variant_with_a_name_that_is_longer_than_half_of_a_terminal"
 ROWS = [[LONG, "1,000", ""], ["x[/old]y", "20", ""]]

@@ -13,8 +13,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golfbook.errors import ByteAccountingError, DataError
-from golfbook.tokenizer import (
+from golfbook.data.tokenizer import (
     Tokenizer,
     audit_documents,
     check_documents,
@@ -22,6 +21,7 @@ from golfbook.tokenizer import (
     to_utf8,
     train_tokenizer,
 )
+from golfbook.errors import ByteAccountingError, DataError
 
 HERE = Path(__file__).parent
 DOCUMENTS = [json.loads(line)["text"] for line in (HERE / "data/fineweb_docs_100.jsonl").read_text().splitlines()]

@@ -24,14 +24,16 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.utils.api import macros
 
 from fixture_project import start_trainer
-from golfbook import devices, files, launcher, runs, stages, training
-from golfbook.checkpoints import load_model, read_progress
-from golfbook.config import load_config
+from golfbook import compute, files, launcher, loop
+from golfbook import run as runs
+from golfbook.config.load import load_config
 from golfbook.errors import CheckpointError, RunError
 from golfbook.files import atomic_write_json
-from golfbook.model import GPT, initialise
-from golfbook.runs import Run
-from golfbook.steps import TrainingStep
+from golfbook.model.gpt import GPT, initialise
+from golfbook.run import Run
+from golfbook.study import stages
+from golfbook.train.checkpoints import load_model, read_progress
+from golfbook.train.step import TrainingStep
 
 WORDS = ("the", "model", "reads", "a", "token", "and", "learns", "to", "guess", "what", "comes", "next", "from", "it")
 
@@ -66,7 +68,7 @@ def make_run(corpus_file: Path, variant: str = "tiny", seed: int = 1, **override
 
 def train_here(run: Run) -> dict:
     """Train in this process, as the worker does."""
-    training._train(run, 0, 1)
+    loop._train(run, 0, 1)
     return load_file(run.checkpoint_path)
 
 
@@ -76,7 +78,7 @@ def same(first: dict, second: dict) -> bool:
 
 def test_one_seed_gives_one_model_and_averaging_is_what_it_says(corpus_file, monkeypatch):
     history: list[dict] = []
-    step = training.Trainer.train_step
+    step = loop.Trainer.train_step
 
     def recorded(self):
         if not history:
@@ -85,7 +87,7 @@ def test_one_seed_gives_one_model_and_averaging_is_what_it_says(corpus_file, mon
         history.append({k: v.clone() for k, v in self.model.state_dict().items()})
         return loss
 
-    monkeypatch.setattr(training.Trainer, "train_step", recorded)
+    monkeypatch.setattr(loop.Trainer, "train_step", recorded)
     first = train_here(make_run(corpus_file, "first"))
     average = history[0]
     for weights in history[1:]:
@@ -105,19 +107,19 @@ def test_one_seed_gives_one_model_and_averaging_is_what_it_says(corpus_file, mon
 
 def test_stopping_and_resuming_changes_no_bit(corpus_file, monkeypatch):
     whole = train_here(make_run(corpus_file, "whole"))
-    run, step = make_run(corpus_file, "parts"), training.Trainer.train_step
+    run, step = make_run(corpus_file, "parts"), loop.Trainer.train_step
     for stop_at in (2, 7):
 
         def stopping(self, stop_at=stop_at):
             self.stop_requested = self.step + 1 == stop_at
             return step(self)
 
-        monkeypatch.setattr(training.Trainer, "train_step", stopping)
-        with pytest.raises(training.StopRequested, match=f"step {stop_at}"):
+        monkeypatch.setattr(loop.Trainer, "train_step", stopping)
+        with pytest.raises(loop.StopRequested, match=f"step {stop_at}"):
             train_here(run)
         assert not run.is_done("training")
         torch.manual_seed(stop_at)  # whatever else happened in between must not matter
-    monkeypatch.setattr(training.Trainer, "train_step", step)
+    monkeypatch.setattr(loop.Trainer, "train_step", step)
     assert same(train_here(run), whole)
     assert run.is_done("training")
 
@@ -126,7 +128,7 @@ def workers(run: Run) -> list[psutil.Process]:
     return [
         p
         for p in psutil.process_iter(["cmdline"])
-        if "golfbook.training" in (p.info["cmdline"] or []) and str(run.path) in p.info["cmdline"]
+        if "golfbook.train.loop" in (p.info["cmdline"] or []) and str(run.path) in p.info["cmdline"]
     ]
 
 
@@ -183,14 +185,14 @@ def test_a_trainer_found_dying_is_started_again(corpus_file, monkeypatch):
 )
 def test_two_processes_take_the_steps_of_one_with_two_pieces(corpus_file, overrides, monkeypatch):
     """To the bit: each process has every other row, halving is exact, and two numbers have one sum in any order."""
-    following = training.Prefetching.next
+    following = loop.Prefetching.next
 
     def every_other_row_first(self):
         return tuple(np.concatenate((rows[0::2], rows[1::2])) for rows in following(self))
 
     alone = make_run(corpus_file, "one", **overrides, **{"train.micro_batches": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(training.Prefetching, "next", every_other_row_first)
+        patch.setattr(loop.Prefetching, "next", every_other_row_first)
         one = train_here(alone)
     run = make_run(corpus_file, "two", **overrides, **{"train.processes": 2})
     launcher.launch(run)
@@ -273,7 +275,7 @@ def test_trainers_that_do_not_heed_are_killed_together(corpus_file):
 def test_a_worker_without_its_launcher_trains_nothing(corpus_file):
     run = make_run(corpus_file, "orphan")
     done = subprocess.run(
-        [sys.executable, "-m", "golfbook.training", str(run.path)], env={**os.environ, "TORCHELASTIC_RUN_ID": "gone"}
+        [sys.executable, "-m", "golfbook.train.loop", str(run.path)], env={**os.environ, "TORCHELASTIC_RUN_ID": "gone"}
     )
     assert done.returncode == 3 and run.state("training") == "missing" and not run.checkpoint_path.exists()
 
@@ -295,7 +297,7 @@ def test_a_run_folder_is_no_template(corpus_file, monkeypatch):
     words = launcher.command(run)
     assert macros.substitute(words, "7")[-1] == str(run.path)
     assert launcher._works_on(words) == (run.path, True)
-    assert launcher._works_on(["python", "-u", "-m", "golfbook.training", str(run.path)]) == (run.path, False)
+    assert launcher._works_on(["python", "-u", "-m", "golfbook.train.loop", str(run.path)]) == (run.path, False)
 
 
 CAN_RENAME = shutil.which("unshare") and subprocess.run(["unshare", "-u", "true"], capture_output=True).returncode == 0
@@ -387,16 +389,16 @@ def test_every_way_to_train_matters_and_resumes_exactly(corpus_file, monkeypatch
     plain = load_averaged(make_run(corpus_file, "plain"))
     whole = load_averaged(make_run(corpus_file, "whole", **overrides))
     assert not same(whole, plain)
-    run, step = make_run(corpus_file, "stopped", **overrides), training.Trainer.train_step
+    run, step = make_run(corpus_file, "stopped", **overrides), loop.Trainer.train_step
 
     def stopping(self):
         self.stop_requested = self.step + 1 == 8
         return step(self)
 
-    monkeypatch.setattr(training.Trainer, "train_step", stopping)
-    with pytest.raises(training.StopRequested):
+    monkeypatch.setattr(loop.Trainer, "train_step", stopping)
+    with pytest.raises(loop.StopRequested):
         train_here(run)
-    monkeypatch.setattr(training.Trainer, "train_step", step)
+    monkeypatch.setattr(loop.Trainer, "train_step", step)
     assert same(load_averaged(run), whole)
 
 
@@ -407,7 +409,7 @@ def load_averaged(run: Run) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    bool(devices.why_not_compile(torch.device("cpu"))), reason=devices.why_not_compile(torch.device("cpu"))
+    bool(compute.why_not_compile(torch.device("cpu"))), reason=compute.why_not_compile(torch.device("cpu"))
 )
 def test_a_compiled_run_trains_alike_with_its_compile_time_apart(corpus_file):
     """Validation, fake quantisation and resuming happen around the compiled step, and none makes it compile again."""
@@ -429,7 +431,7 @@ def test_a_compiled_run_trains_alike_with_its_compile_time_apart(corpus_file):
 def test_the_clock_ends_training(corpus_file, monkeypatch):
     """By a clock on which every step takes 5 ms, whatever this machine is doing: 0.5 s are 100 steps."""
     ticks = itertools.count()
-    monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks) * 0.005))
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks) * 0.005))
     run = make_run(
         corpus_file, "clock", **{"train.steps": 100000, "train.max_seconds": 0.5, "train.warmdown_steps": 10}
     )
@@ -447,7 +449,7 @@ def test_the_clock_ends_training(corpus_file, monkeypatch):
 
 def test_divergence_names_the_tensor_and_keeps_the_last_good_checkpoint(corpus_file, monkeypatch):
     """The seventh update overflows in one weight: the checkpoint of step 6 is the last good one."""
-    step = training.Trainer.train_step
+    step = loop.Trainer.train_step
 
     def overflowing(self):
         loss = step(self)
@@ -455,9 +457,9 @@ def test_divergence_names_the_tensor_and_keeps_the_last_good_checkpoint(corpus_f
             self.model.tok_emb.weight.data[5, 2] = math.inf
         return loss
 
-    monkeypatch.setattr(training.Trainer, "train_step", overflowing)
+    monkeypatch.setattr(loop.Trainer, "train_step", overflowing)
     run = make_run(corpus_file, "diverges", **{"train.checkpoint_every": 1})
-    assert training.main([str(run.path)]) == 2
+    assert loop.main([str(run.path)]) == 2
     message = run.read_result("training")["message"]
     assert "not finite after step 7: weight tok_emb.weight (1 of 9,600 values)" in message
     assert "the checkpoint of step 6 is kept" in message and "train.matrix_lr" in message
@@ -484,7 +486,7 @@ def test_divergence_names_the_tensor_and_keeps_the_last_good_checkpoint(corpus_f
     ids=["weight", "activation", "gradient"],
 )
 def test_a_step_that_is_not_finite_touches_nothing_and_names_the_first_tensor(corpus_file, spoil, culprit):
-    trainer = training.Trainer(make_run(corpus_file, "spoilt"), 0, 1)
+    trainer = loop.Trainer(make_run(corpus_file, "spoilt"), 0, 1)
     trainer.train_step()
     with torch.no_grad():
         spoil(trainer.model)
@@ -505,7 +507,7 @@ def test_full_disk_is_named_and_keeps_the_old_checkpoint(corpus_file):
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:  # no file may grow beyond this: what a full disk looks like, without one
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
-        model = training.Trainer(run, 0, 1)
+        model = loop.Trainer(run, 0, 1)
         with pytest.raises(RunError, match=r"cannot write .*checkpoint.safetensors: .*; check free space"):
             model.save()
     finally:
@@ -577,7 +579,7 @@ def test_damaged_or_foreign_checkpoint_is_refused(corpus_file):
     run.checkpoint_path.write_bytes(good[: len(good) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
         load_model(run)
-    assert training.main([str(run.path)]) == 2
+    assert loop.main([str(run.path)]) == 2
     assert "delete it to train anew" in run.read_result("training")["message"]
     other = make_run(corpus_file, "other", **{"train.matrix_lr": 0.01})
     other.checkpoint_path.write_bytes(good)
@@ -609,6 +611,6 @@ def test_stages_skip_what_is_done_and_redo_what_changed(corpus_file):
 
 def test_wrong_number_of_processes_is_refused(corpus_file, capsys):
     run = make_run(corpus_file, "count", **{"train.processes": 2})
-    assert training.main([str(run.path)]) == 2
+    assert loop.main([str(run.path)]) == 2
     assert "2, but 1 processes were started" in capsys.readouterr().err
-    assert training.main([]) == 2
+    assert loop.main([]) == 2

@@ -13,11 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from golfbook import figures, muon, results, statistics, training_figures
-from golfbook import training_panels as parts
+from golfbook.analysis import statistics
 from golfbook.errors import GolfbookError
-from golfbook.plan import flatten, plan
-from golfbook.schedules import schedule_table
+from golfbook.panels import training as parts
+from golfbook.plots import style as figures
+from golfbook.plots import training as training_plots
+from golfbook.study import results
+from golfbook.study.plan import flatten, plan
+from golfbook.train import muon
+from golfbook.train.schedules import schedule_table
 
 PROJECT = Path(__file__).parents[1]
 REFERENCE = PROJECT / "runs/reference/training"
@@ -165,7 +169,7 @@ def test_findings_follow_the_table(study: tuple[pd.DataFrame, pd.DataFrame]) -> 
 def test_sweep_shows_every_run_interval_and_the_best(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     runs = parts.by_learning_rate(study[0])
     differences = parts.optimizer_differences(runs)
-    left, right = training_figures.sweep(runs, differences, xlabel="rate", title="t", against="a").axes
+    left, right = training_plots.sweep(runs, differences, xlabel="rate", title="t", against="a").axes
     dots = {tuple(p) for line in left.lines if line.get_marker() == "o" for p in line.get_xydata().tolist()}
     for point in runs[["x", "val_bpb"]].itertuples(index=False, name=None):
         assert any(np.allclose(point, dot) for dot in dots)
@@ -187,9 +191,7 @@ def test_a_diverged_run_is_marked_and_does_not_flatten_the_rest(study: tuple[pd.
     table = study[0].copy()
     table.loc[table["variant"] == "adamw_lr_0.032", "val_bpb"] = 7.0
     runs = parts.by_learning_rate(table)
-    left, _ = training_figures.sweep(
-        runs, parts.optimizer_differences(runs), xlabel="rate", title="t", against="a"
-    ).axes
+    left, _ = training_plots.sweep(runs, parts.optimizer_differences(runs), xlabel="rate", title="t", against="a").axes
     assert left.get_ylim()[1] < 4
     assert "7.00" in [text.get_text() for text in left.texts]
     assert any(line.get_marker() == "^" and line.get_xdata()[0] == 0.032 for line in left.lines)
@@ -197,7 +199,7 @@ def test_a_diverged_run_is_marked_and_does_not_flatten_the_rest(study: tuple[pd.
 
 def test_conditions_show_groups_seeds_and_signs(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     scores, differences = parts.by_averaging(study[0])
-    left, right = training_figures.conditions(scores, differences, title="t", against="a").axes
+    left, right = training_plots.conditions(scores, differences, title="t", against="a").axes
     dots = np.concatenate([line.get_xdata() for line in left.lines if line.get_marker() == "o"])
     assert sorted(dots) == pytest.approx(sorted(scores["val_bpb"]))
     assert {t.get_text() for t in left.texts} == {"with the warmdown", "constant rate"}
@@ -214,7 +216,7 @@ def test_conditions_show_groups_seeds_and_signs(study: tuple[pd.DataFrame, pd.Da
 
 def test_one_seed_has_no_interval(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table = study[0]
-    picture = training_figures.conditions(*parts.by_warmdown(table[table["seed"] == 1]), title="t", against="a")
+    picture = training_plots.conditions(*parts.by_warmdown(table[table["seed"] == 1]), title="t", against="a")
     for axes in picture.axes:
         for container in axes.containers:
             assert not any(np.isfinite(segment).any() for segment in container[2][0].get_segments())
@@ -225,7 +227,7 @@ def test_one_seed_has_no_interval(study: tuple[pd.DataFrame, pd.DataFrame]) -> N
 def test_panels_show_the_curves_of_the_chosen_runs(kind: str, study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table, curves = study
     panel = getattr(parts, kind)(table, curves)
-    for x in training_figures.COUNTS:
+    for x in training_plots.COUNTS:
         _, right = panel.figure(x=x).axes
         chosen = curves[curves["variant"].isin([panel.state["first"], panel.state["second"]])]
         drawn = np.concatenate([line.get_xydata() for line in right.lines if line.get_marker() != "o"])
@@ -340,7 +342,7 @@ def test_animation_moves_up_to_the_curve_and_across_and_is_small() -> None:
     sizes = parts.direction_sizes(matrix, 5)
     series = {"quintic": (sizes, muon.iteration_coefficients(5))}
     for moment, x, y in ((0, 0, 0), (0.5, 0, 1), (1, 1, 1), (1.5, 1, 2), (5, 5, 5)):
-        (axes,) = training_figures.newton_schulz_moment(series, moment).axes
+        (axes,) = training_plots.newton_schulz_moment(series, moment).axes
         found = axes.collections[0].get_offsets()
         assert np.allclose(found, np.stack([sizes[x], sizes[y]], axis=1)), moment
         assert f"{int(moment)} of 5 steps" in axes.get_title(loc="left")
@@ -355,11 +357,11 @@ def test_pictures_are_pure_and_labelled(study: tuple[pd.DataFrame, pd.DataFrame]
     kept = table.copy(), curves.copy(), PUBLISHED["trajectories"].copy()
     rates = parts.by_learning_rate(table)
     draws = [
-        lambda: training_figures.sweep(rates, parts.optimizer_differences(rates), xlabel="x", title="t", against="a"),
-        lambda: training_figures.sweep(rates, pd.DataFrame(), xlabel="x", title="t", against="a"),
-        lambda: training_figures.conditions(*parts.by_warmdown(table), title="t", against="a"),
+        lambda: training_plots.sweep(rates, parts.optimizer_differences(rates), xlabel="x", title="t", against="a"),
+        lambda: training_plots.sweep(rates, pd.DataFrame(), xlabel="x", title="t", against="a"),
+        lambda: training_plots.conditions(*parts.by_warmdown(table), title="t", against="a"),
         lambda: parts.batch_sizes(table, curves).figure(),
-        lambda: training_figures.trajectories(*PUBLISHED.values()),
+        lambda: training_plots.trajectories(*PUBLISHED.values()),
     ]
     for draw in draws:
         picture = draw()

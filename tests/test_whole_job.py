@@ -24,9 +24,9 @@ import yaml
 from filelock import FileLock
 
 from fixture_project import kill, wait_for
-from golfbook import corpus
+from golfbook.data import dataset
 from golfbook.files import atomic_write_bytes, sha256_file
-from golfbook.runs import STAGE_NOTEBOOKS, STAGES, Run, open_run
+from golfbook.run import STAGE_NOTEBOOKS, STAGES, Run, open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "alpha beta gamma delta array function returns value element index list string model token byte weight"
@@ -186,7 +186,7 @@ def test_the_artifact_alone_gives_the_headline_on_the_validation_text(
     """`golfbook score` reads nothing but the artifact, its tokenizer and a text; the number is that of the job."""
     monkeypatch.setenv("GOLFBOOK_CACHE", str(undisturbed.path / "cache"))
     run = undisturbed.run("skips")
-    data = corpus.prepare(run.config)
+    data = dataset.prepare(run.config)
     starts = [i for i, token in enumerate(data.val_tokens) if token == data.tokenizer.bos_id]
     parts = [data.val_tokens[a + 1 : b] for a, b in zip(starts, [*starts[1:], len(data.val_tokens)], strict=True)]
     texts = [data.tokenizer.decode(part) for part in parts]
@@ -217,7 +217,7 @@ def trainer_of(home: Home, variant: str) -> tuple[psutil.Process, psutil.Process
     if path is None or not (path / "trainer.json").is_file():
         return None
     launcher = psutil.Process(json.loads((path / "trainer.json").read_text())["pid"])
-    workers = [p for p in launcher.children() if "golfbook.training" in p.cmdline()]
+    workers = [p for p in launcher.children() if "golfbook.train.loop" in p.cmdline()]
     return (launcher, workers[0]) if workers else None
 
 
@@ -240,7 +240,7 @@ def kernel_of(command: subprocess.Popen[str], stage: str, variant: str) -> psuti
     for process in psutil.Process(command.pid).children():
         with contextlib.suppress(psutil.Error):  # it may end at any moment
             words = process.cmdline()
-            if "golfbook.jobs" in words and stage in words and any(f"/{variant}-s7-" in word for word in words):
+            if "golfbook.study.pool" in words and stage in words and any(f"/{variant}-s7-" in word for word in words):
                 return next((child for child in process.children() if "ipykernel_launcher" in child.cmdline()), None)
     return None
 
@@ -263,7 +263,7 @@ def test_a_job_killed_in_training_and_in_quantization_ends_with_the_same_numbers
     command = home.start("run", "job.yaml")
     launcher, worker = stop_after_first_checkpoint(home, "skips")
     below = [p for p in psutil.Process(command.pid).children(recursive=True) if p not in (launcher, worker)]
-    attached = [p for p in below if any(x in ("golfbook.jobs", "ipykernel_launcher") for x in p.cmdline())]
+    attached = [p for p in below if any(x in ("golfbook.study.pool", "ipykernel_launcher") for x in p.cmdline())]
     assert len(attached) == 4, "two stage processes and their kernels"
     kill(command.pid)
     command.wait()

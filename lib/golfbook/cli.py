@@ -18,7 +18,7 @@ from golfbook.errors import ConfigError, GolfbookError, RunError
 from golfbook.terminal import make_console, prepare_streams, say, show_pairs, show_path, show_table, write_json
 
 if TYPE_CHECKING:
-    from golfbook.artifact import Artifact
+    from golfbook.compress.container import Artifact
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COST_KEYS = (  # of the first values of costs.totals
+COST_KEYS = (  # of the first values of speed.totals
     *("forward_mflop_a_token", "training_mflop_a_token", "causal_training_mflop_a_token", "scoring_mflop_a_token"),
     *("artifact_bytes", "activation_kb_a_token"),
 )
@@ -89,11 +89,13 @@ def run(
 
     Ends with status 0, 1 when a run or figure failed, 2 when the job or its settings are wrong, 130 after Ctrl-C.
     """
-    from golfbook import jobs, reports, summaries
-    from golfbook.interrupts import Interrupts
+    from golfbook import reports
+    from golfbook.analysis import summaries
+    from golfbook.study import pool
+    from golfbook.study.interrupts import Interrupts
 
     console = make_console(stderr=as_json)
-    plan = jobs.plan(job, workers=workers)
+    plan = pool.plan(job, workers=workers)
     if dry_run and as_json:
         write_json(summaries.plan_data(plan))
         return
@@ -102,7 +104,7 @@ def run(
         return
     with Interrupts() as interrupts:  # also while the last words are printed
         with reports.follow(console) as follow:
-            report = jobs.run(plan, follow, redraw=redraw, interrupts=interrupts)
+            report = pool.run(plan, follow, redraw=redraw, interrupts=interrupts)
         if as_json:
             write_json(summaries.report_data(report))
         else:
@@ -120,8 +122,10 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show which runs of a study are done, failed, stale or still to do, and why they failed."""
-    from golfbook import reports, results, summaries
+    from golfbook import reports
+    from golfbook.analysis import summaries
     from golfbook.files import runs_root
+    from golfbook.study import results
 
     console = make_console()
     if study is not None:
@@ -155,8 +159,9 @@ def collect(
     With `--reference` also into `results.csv` and `curves.csv` under `runs/reference/`, from which the notebooks draw
     what the project's own studies found: settings that differ, scores, validation curves, and what made them.
     """
-    from golfbook import reports, results
+    from golfbook import reports
     from golfbook.files import runs_root
+    from golfbook.study import results
 
     console = make_console()
     frame = results.collect(study)
@@ -185,8 +190,8 @@ def presets(
         _show_costs(name, as_json)
         return
 
-    from golfbook.config import load_config, preset_names
-    from golfbook.model import parameter_table
+    from golfbook.config.load import load_config, preset_names
+    from golfbook.model.gpt import parameter_table
 
     if name is not None:
         groups = parameter_table(load_config(name).model)
@@ -236,7 +241,7 @@ def score(
     The tokenizer lies beside the artifact and is checked against the hash inside it; as in the challenge, its bytes do
     not count towards the size. The bytes that divide are the UTF-8 bytes of the text as it is in the file.
     """
-    from golfbook import artifact as artifacts
+    from golfbook.compress import container as artifacts
 
     loaded = artifacts.read_artifact(artifact)
     values = _score(artifact, loaded, text, stride, window, tokenizer, text_field)
@@ -271,18 +276,19 @@ def lab(
 
 
 def _show_costs(name: str | None, as_json: bool) -> None:
-    from golfbook import costs
-    from golfbook.config import load_config, preset_names
-    from golfbook.model import parameter_table
+    from golfbook.config.load import load_config, preset_names
+    from golfbook.model import costs
+    from golfbook.model.gpt import parameter_table
+    from golfbook.train import speed
 
     console = make_console()
-    totals = {preset: costs.totals(load_config(preset)) for preset in ([name] if name else preset_names())}
+    totals = {preset: speed.totals(load_config(preset)) for preset in ([name] if name else preset_names())}
     if as_json:
         found = []
         for preset, values in totals.items():
             left = iter(values.values())
             one = {"preset": preset, **dict(zip(COST_KEYS, left, strict=False))}
-            found.append({**one, "step_ms": dict(zip(costs.GPUS, left, strict=True))})
+            found.append({**one, "step_ms": dict(zip(speed.GPUS, left, strict=True))})
         write_json({"presets": found})
         return
     if name is not None:
@@ -321,16 +327,19 @@ def _score(
     import torch
     from rich.progress import Progress
 
-    from golfbook import artifact as artifacts
-    from golfbook import choices, corpus, documents, scoring
-    from golfbook.config import BudgetConfig
+    from golfbook.compress import budget
+    from golfbook.compress import container as artifacts
+    from golfbook.config.schema import BudgetConfig
+    from golfbook.data import dataset, documents
+    from golfbook.evaluate import scoring
+    from golfbook.train import choices
 
     pieces = artifacts.find_tokenizer(path, artifact, tokenizer)
     window = window or artifact.train_window
     if stride > window:
         raise ConfigError(f"--stride {stride} is more than the window of {window} tokens")
     texts = documents.read_documents(text, field)
-    tokens, _, total_bytes, changes = corpus.encode_for_scoring(pieces, texts)
+    tokens, _, total_bytes, changes = dataset.encode_for_scoring(pieces, texts)
     choices.set_up(torch.get_num_threads(), torch.device("cpu"))
     started = time.monotonic()
     with Progress(console=make_console(stderr=True), transient=True) as bar:
@@ -355,7 +364,7 @@ def _score(
         "seconds": seconds,
         "tokenizer": pieces.path,
         "artifact_bytes": artifact.bytes,
-        **artifacts.size_report(artifact.bytes, BudgetConfig().limit_bytes),
+        **budget.size_report(artifact.bytes, BudgetConfig().limit_bytes),
     }
 
 

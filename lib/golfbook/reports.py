@@ -16,12 +16,12 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from golfbook.jobs import Progress, Report
-from golfbook.plan import Plan
-from golfbook.results import read_record
-from golfbook.runs import STAGES, skipped_runs
-from golfbook.statistics import Summary, spread_text
-from golfbook.summaries import chosen_rows, seconds_data, states_data, variants_data
+from golfbook.analysis.statistics import Summary, spread_text
+from golfbook.analysis.summaries import chosen_rows, seconds_data, states_data, variants_data
+from golfbook.run import STAGES, skipped_runs
+from golfbook.study.plan import Plan
+from golfbook.study.pool import Progress, Report
+from golfbook.study.results import read_record
 from golfbook.terminal import duration, say, show_path, show_table, size
 
 LINE_SECONDS = 15.0  # between two progress lines where the output is no terminal

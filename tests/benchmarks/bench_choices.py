@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from bench_training import SIZES, batch, ready, unlike_zero
 
-from golfbook import attention, choices, devices
-from golfbook.model import GPT, initialise
-from golfbook.steps import TrainingStep
+from golfbook import compute
+from golfbook.model import attention
+from golfbook.model.gpt import GPT, initialise
+from golfbook.train import choices
+from golfbook.train.step import TrainingStep
 
 Call = Callable[[], object]
 HEADS = {256: (8, 4, 2, 32), 2048: (1, 8, 4, 64)}  # rows, heads, heads of keys, width, by length
@@ -48,13 +50,13 @@ def products(length: str) -> dict[str, Call]:
     tokens, width, hidden = LAYERS[length]
     x, up, down = torch.randn(tokens, width), torch.randn(hidden, width), torch.randn(width, hidden)
 
-    def multiply(library: devices.Products) -> None:
-        devices.use_products(library)
+    def multiply(library: compute.Products) -> None:
+        compute.use_products(library)
         h = F.linear(x, up)
         y = F.linear(h, down)
         (y.T @ h, y @ down, h.T @ x, h @ up)
 
-    libraries: list[devices.Products] = ["torch", "onednn"] if devices.products_are_exact("onednn") else ["torch"]
+    libraries: list[compute.Products] = ["torch", "onednn"] if compute.products_are_exact("onednn") else ["torch"]
     return {library: functools.partial(multiply, library) for library in libraries}
 
 
@@ -109,14 +111,14 @@ def main() -> None:
     print(f"{choices.title(device)}, {options.threads} threads")
     print(f"measured in {time.perf_counter() - started:.1f} s; medians of {options.rounds} in milliseconds\n")
     print(f"{'choice':38s} {'candidates':44s} {'chosen':9s} loss")
-    devices.prepare(options.threads, device, chosen)
+    compute.prepare(options.threads, device, chosen)
     losses = []
     if device.type == "cpu":
         for length in LAYERS:
             losses.append(
                 show(f"products, {length}", medians(products(length), options.rounds, clock), chosen.products)
             )
-        devices.use_products(chosen.products)
+        compute.use_products(chosen.products)
     for case, taken in chosen.attention.items():
         use, dtype, length = case.split(", ")
         calls = attentions(use == "training", getattr(torch, dtype), 256 if length == "short" else 2048, device)

@@ -17,11 +17,12 @@ import time
 
 import torch
 
-from golfbook import choices, devices
-from golfbook.averaging import WeightAverage
-from golfbook.config import load_config
-from golfbook.model import GPT, initialise
-from golfbook.steps import TrainingStep
+from golfbook import compute
+from golfbook.config.load import load_config
+from golfbook.model.gpt import GPT, initialise
+from golfbook.train import choices
+from golfbook.train.averaging import WeightAverage
+from golfbook.train.step import TrainingStep
 
 SIDES = {"activations kept": False, "activations recomputed": True}
 
@@ -31,7 +32,7 @@ def measure(options: argparse.Namespace) -> None:
     overrides = {"train.precision": options.precision, "train.checkpoint_activations": options.recompute}
     config = load_config(options.preset, overrides={**overrides, "train.compile": False})
     choices.set_up(options.threads, torch.device("cpu"))
-    before = devices.peak_memory_bytes()
+    before = compute.peak_memory_bytes()
     step = TrainingStep(initialise(GPT(config.model), 0), config, torch.device("cpu"))
     average = WeightAverage(config.train, step.model.state_dict())
     length = config.train.sequence_length
@@ -44,7 +45,7 @@ def measure(options: argparse.Namespace) -> None:
         loss = step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         average.update(number, 1.0, step.model.state_dict())
         times.append(time.perf_counter() - started)
-    found = {"loss": loss.item(), "seconds": min(times), "peak": devices.peak_memory_bytes(), "before": before}
+    found = {"loss": loss.item(), "seconds": min(times), "peak": compute.peak_memory_bytes(), "before": before}
     print(json.dumps(found))
 
 

@@ -19,17 +19,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from golfbook import choices, devices
-from golfbook.config import TrainConfig, load_config
-from golfbook.model import GPT, initialise
-from golfbook.muon import make_optimizers, parameter_groups
+from golfbook import compute
+from golfbook.config.load import load_config
+from golfbook.config.schema import TrainConfig
+from golfbook.model.gpt import GPT, initialise
+from golfbook.train import choices
+from golfbook.train.muon import make_optimizers, parameter_groups
 
 PARTS = ("Muon", "AdamW")
 Side = dict[str, Callable[[], None]]  # a step of each part
 
 
 def plain_products() -> None:
-    """torch as it is by default; the library's side runs under what the trainer sets (:func:`devices.prepare`)."""
+    """torch as it is by default; the library's side runs under what the trainer sets (:func:`compute.prepare`)."""
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
     torch.use_deterministic_algorithms(False)
 
@@ -97,7 +99,7 @@ def measure(preset: str, precision: str, repeats: int, device: str, threads: int
     models.append(copy.deepcopy(models[0]))
     sides = {
         "one matrix at a time": plain_side(models[0], config.train),
-        "golfbook.muon": our_side(models[1], config.train),
+        "golfbook.train.muon": our_side(models[1], config.train),
     }
     generator = torch.Generator().manual_seed(1)
     for pair in zip(models[0].parameters(), models[1].parameters(), strict=True):
@@ -110,7 +112,9 @@ def measure(preset: str, precision: str, repeats: int, device: str, threads: int
     busy: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 2):  # two rounds warm up
         for name, side in sides.items():
-            devices.prepare(threads, torch.device(device), chosen) if name == "golfbook.muon" else plain_products()
+            compute.prepare(
+                threads, torch.device(device), chosen
+            ) if name == "golfbook.train.muon" else plain_products()
             started_busy = time.process_time()
             for part in PARTS:
                 started = time.perf_counter()

@@ -21,19 +21,23 @@ from bench_optimizer import plain_products
 from plain_training import PlainStep
 from torch import Tensor
 
-from golfbook import choices, corpus, devices, scoring
-from golfbook.averaging import WeightAverage
-from golfbook.config import Config, load_config
-from golfbook.loaders import make_loader
-from golfbook.model import GPT, initialise
-from golfbook.schedules import lr_scale, muon_momentum
-from golfbook.statistics import paired_difference
-from golfbook.steps import TrainingStep
+from golfbook import compute
+from golfbook.analysis.statistics import paired_difference
+from golfbook.config.load import load_config
+from golfbook.config.schema import Config
+from golfbook.data import dataset
+from golfbook.data.batches import make_loader
+from golfbook.evaluate import scoring
+from golfbook.model.gpt import GPT, initialise
+from golfbook.train import choices
+from golfbook.train.averaging import WeightAverage
+from golfbook.train.schedules import lr_scale, muon_momentum
+from golfbook.train.step import TrainingStep
 
 CPU = torch.device("cpu")
 
 
-def train(config: Config, data: corpus.Dataset, take: Callable[[int, Tensor, Tensor], None],
+def train(config: Config, data: dataset.Dataset, take: Callable[[int, Tensor, Tensor], None],
           weights: Callable[[], Mapping[str, Tensor]]) -> tuple[float, float]:  # fmt: skip
     """Train with ``take(step, inputs, targets)``; returns bits per byte of the average, and seconds of the steps."""
     average = WeightAverage(config.train, weights())
@@ -52,7 +56,7 @@ def train(config: Config, data: corpus.Dataset, take: Callable[[int, Tensor, Ten
     return scoring.summarize(nll, data.val_bytes)["val_bpb"], seconds
 
 
-def library_side(config: Config, data: corpus.Dataset) -> tuple[float, float]:
+def library_side(config: Config, data: dataset.Dataset) -> tuple[float, float]:
     """The library's own step."""
     choices.set_up(config.train.threads, CPU)
     step_ = TrainingStep(initialise(GPT(config.model), config.seed), config, CPU)
@@ -63,7 +67,7 @@ def library_side(config: Config, data: corpus.Dataset) -> tuple[float, float]:
     return train(config, data, take, step_.model.state_dict)
 
 
-def plain_side(config: Config, data: corpus.Dataset) -> tuple[float, float]:
+def plain_side(config: Config, data: dataset.Dataset) -> tuple[float, float]:
     """The straightforward step in float32."""
     torch.set_num_threads(config.train.threads)
     plain_products()
@@ -92,13 +96,13 @@ def main() -> None:
             name: load_config(options.preset, seed=seed, overrides={**changes, "train.precision": precision})
             for name, precision in (("straightforward", "float32"), ("golfbook", options.precision))
         }
-        data = corpus.prepare(configs["golfbook"])
+        data = dataset.prepare(configs["golfbook"])
         sides = {"straightforward": plain_side, "golfbook": library_side}
         for name in list(sides)[:: 1 if seed % 2 else -1]:  # neither side always runs on the warmer machine
             found[name].append(sides[name](configs[name], data))
         shown = ", ".join(f"{name} {values[-1][0]:.4f} BPB in {values[-1][1]:.1f} s" for name, values in found.items())
         print(f"seed {seed}: {shown}", flush=True)
-    precision, reason = devices.choose_precision(configs["golfbook"])
+    precision, reason = compute.choose_precision(configs["golfbook"])
     scores = {name: [value for value, _ in values] for name, values in found.items()}
     times = {name: statistics.median([seconds for _, seconds in values]) for name, values in found.items()}
     print(f"{options.preset}, {options.steps} steps, golfbook in {precision} ({reason}), straightforward in float32")

@@ -23,10 +23,11 @@ from bench_optimizer import plain_products
 from plain_training import PlainGPT
 from torch import Tensor
 
-from golfbook import choices, devices
-from golfbook.config import load_config
-from golfbook.model import GPT, initialise
-from golfbook.scoring import plan_windows, score
+from golfbook import compute
+from golfbook.config.load import load_config
+from golfbook.evaluate.scoring import plan_windows, score
+from golfbook.model.gpt import GPT, initialise
+from golfbook.train import choices
 
 TOKENS = Path(__file__).parents[1] / "golden" / "bytes_first50docs.npz"
 SIZES = {  # preset, window, stride, targets
@@ -75,7 +76,7 @@ def measure(size: str, repeats: int, threads: int, device: torch.device) -> dict
     values: dict[str, np.ndarray] = {}
     for repeat in range(repeats + 1):  # the first round warms up
         for name, side in sides.items():
-            devices.prepare(threads, device, chosen) if name == "golfbook" else plain_products()
+            compute.prepare(threads, device, chosen) if name == "golfbook" else plain_products()
             started, started_busy = time.perf_counter(), time.process_time()
             values[name] = side()
             if repeat:

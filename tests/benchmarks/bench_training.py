@@ -25,10 +25,13 @@ from bench_optimizer import plain_products
 from plain_training import PlainStep
 from torch import Tensor
 
-from golfbook import choices, costs, devices
-from golfbook.config import Config, load_config
-from golfbook.model import GPT, initialise
-from golfbook.steps import TrainingStep
+from golfbook import compute
+from golfbook.config.load import load_config
+from golfbook.config.schema import Config
+from golfbook.model import costs
+from golfbook.model.gpt import GPT, initialise
+from golfbook.train import choices
+from golfbook.train.step import TrainingStep
 
 SIZES = {  # preset, rows of a step, banks
     "tiny": ("quickstart", 8, False),
@@ -88,7 +91,7 @@ def measure(size: str, precision: str, options: argparse.Namespace) -> dict[str,
     model = unlike_zero(initialise(GPT(config.model), 0))
     plain = PlainStep(model, config, device, banks=banks)
     ours = TrainingStep(model, config, device)
-    ceiling = devices.product_ceiling(device, precision)
+    ceiling = compute.product_ceiling(device, precision)
     seconds = ours.warm_up(rows)
     sides: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"straightforward": plain, "golfbook": ours}
     wall: dict[str, list[float]] = {name: [] for name in sides}
@@ -96,7 +99,7 @@ def measure(size: str, precision: str, options: argparse.Namespace) -> dict[str,
     losses: dict[str, list[float]] = {name: [] for name in sides}
 
     def switch(name: str) -> None:  # each side under its own settings: torch's defaults, and what the trainer sets
-        devices.prepare(options.threads, device, chosen) if name == "golfbook" else plain_products()
+        compute.prepare(options.threads, device, chosen) if name == "golfbook" else plain_products()
 
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for repeat in range(options.repeats + 1):  # the first round warms up
@@ -152,13 +155,13 @@ def main() -> None:
     parser.add_argument("--plain-memory", action="store_true", help="hand freed memory back as glibc does by itself")
     options = parser.parse_args()
     if options.plain_memory:  # a setting of the whole process, so that both sides have it or neither
-        devices._keep_freed_memory = lambda: None
+        compute._keep_freed_memory = lambda: None
     print(choices.title(torch.device(options.device)))
     print(f"{options.threads} threads, {options.device}, {options.repeats} repeats")
     for size in options.sizes:
         found = {p: measure(size, p, options) for p in options.precisions}
         if len(found) == 2:
-            default = devices.choose_precision(load_config(SIZES[size][0]))[0]
+            default = compute.choose_precision(load_config(SIZES[size][0]))[0]
             ratio = found["float32"]["plain"] / found[default]["ours"]
             print(f"  {size}, precision of this machine ({default}) against straightforward float32: {ratio:.2f}")
 

@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from golfbook import choices
-from golfbook.config import load_config
-from golfbook.refiners import TTTLinear
+from golfbook.config.load import load_config
+from golfbook.model.refiners import TTTLinear
+from golfbook.train import choices
 
 TOLERANCE = 1e-5
 EPS = 1e-6

@@ -16,9 +16,9 @@ from bench_optimizer import PlainMuon
 from bench_ttt_linear import plain_loop
 from torch import Tensor, nn
 
-from golfbook.config import Config, ModelConfig
-from golfbook.model import GPT
-from golfbook.muon import parameter_groups
+from golfbook.config.schema import Config, ModelConfig
+from golfbook.model.gpt import GPT
+from golfbook.train.muon import parameter_groups
 
 BANKS = {
     "qo": ("attn.c_q.weight", "attn.proj.weight"),
@@ -42,7 +42,7 @@ def angles(config: ModelConfig, time: int) -> Tensor:
 
 
 class PlainGPT(nn.Module):
-    """The model of :class:`golfbook.model.GPT` for the presets of PR 1166 and 1232 and those scaled down from them."""
+    """The model of :class:`GPT`, for the presets of PR 1166 and 1232 and those scaled down from them."""
 
     def __init__(self, model: GPT, banks: bool) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class PlainGPT(nn.Module):
 
 
 class PlainStep:
-    """Forward, backward, clipping and update of :class:`PlainGPT`, called like :class:`golfbook.steps.TrainingStep`."""
+    """Forward, backward, clipping and update of :class:`PlainGPT`, called like :class:`TrainingStep`."""
 
     def __init__(self, model: GPT, config: Config, device: torch.device, banks: bool) -> None:
         train = config.train

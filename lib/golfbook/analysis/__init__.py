@@ -1,0 +1,1 @@
+"""From tables and models to numbers with intervals."""

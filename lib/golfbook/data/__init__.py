@@ -1,0 +1,1 @@
+"""From text to tokens with exact byte counts: corpora, shards, tokenizers, datasets, batches."""

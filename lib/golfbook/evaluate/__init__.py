@@ -1,0 +1,1 @@
+"""The score in bits per byte: which window scores which target, and what it costs the model."""

@@ -1,0 +1,1 @@
+"""The one model definition, what it computes with and what it costs."""

@@ -1,0 +1,186 @@
+"""What a model costs before it exists: arithmetic and activation memory.
+
+>>> from golfbook.config.load import load_config
+>>> from golfbook.model import costs
+>>> costs.per_token(load_config("pr1232_base").model, length=2048).training  # operations a token, forward and backward
+
+A multiplication and its addition are two operations; only matrix products are counted, as ``torch.utils.flop_counter``
+does, and its numbers are met exactly. Attention between positions is counted **full** (every query with every key) to
+compare with that counter and with published figures, and **causal** (each query with itself and what came before),
+which is what the fused kernels compute.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from golfbook.config.schema import ModelConfig
+from golfbook.model.attention import causal_attention
+from golfbook.model.gpt import GPT, exported
+from golfbook.model.ttt_scan import GROUP
+
+# A fused attention kernel computes five products in its backward pass (it makes the scores again), two in its forward.
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations by component, forward and backward; all of a sequence, or a token's share of them."""
+
+    forward: Mapping[str, float]
+    backward: Mapping[str, float]
+
+    @property
+    def training(self) -> float:
+        """Forward and backward, all components."""
+        return sum(self.forward.values()) + sum(self.backward.values())
+
+    @property
+    def inference(self) -> float:
+        """Forward, all components."""
+        return sum(self.forward.values())
+
+    def __truediv__(self, tokens: float) -> Flops:
+        return Flops(*({k: v / tokens for k, v in part.items()} for part in (self.forward, self.backward)))
+
+
+def per_sequence(model: ModelConfig, length: int, *, causal: bool = False, training: bool = True) -> Flops:
+    """Operations of one sequence of ``length`` tokens; whole numbers.
+
+    ``training`` adds what only a training step computes: the flow-matching loss and heads for later targets. What is
+    computed once a call (the time embedding of NativeFlowMatcher) counts once a sequence.
+    """
+    dim, kv, heads = model.model_dim, model.num_kv_heads * model.head_dim, model.num_heads
+    applied = model.num_layers + len(model.recurrence)
+    pairs = length * (length + 1) // 2 if causal else length * length
+    forward: dict[str, float] = {}
+    backward: dict[str, float] = {}
+
+    def add(name: str, operations: float, times: float = 2) -> None:
+        if operations:
+            forward[name] = forward.get(name, 0) + operations
+            backward[name] = backward.get(name, 0) + times * operations
+
+    def linear(name: str, tokens: int, inputs: int, outputs: int, times: float = 2) -> None:
+        add(name, 2 * tokens * inputs * outputs, times)  # backward: the gradients of input and weight, one product each
+
+    linear("attention matrices", length * applied, dim, 2 * dim + 2 * kv)
+    add("attention products", 4 * pairs * dim * applied, ATTENTION_BACKWARD)
+    linear("MLP", length * applied, dim, 2 * int(model.mlp_mult * dim))
+    linear("head", length, dim, model.vocab_size)
+    if model.bigram.vocab_size:
+        linear("bigram", length, model.bigram.dim, dim)
+    if model.value_embedding_layers:
+        linear("value embedding", length, model.value_embedding.dim, kv)
+    if model.gated_attention:
+        linear("gates", length * applied, dim, heads)
+    if model.depth_gate:
+        linear("gates", length * applied, dim, 1, times=1)  # its input gets no gradient
+    if model.ttt_linear.enabled:
+        size, width = model.ttt_linear.mini_batch, dim // model.ttt_linear.num_heads
+        used = length - length % size
+        linear("TTT-Linear", used, dim, 4 * dim)
+        add("TTT-Linear", used * dim * (6 * width + 4 * size), 3)  # backward: the forward again, and twice as much
+    if model.flow.enabled:
+        linear("FlowRefiner", length, model.flow.latent_dim, 2 * dim + 2 * model.flow.hidden_dim)
+    if model.native_flow.enabled:
+        hidden = model.native_flow.hidden_dim
+        linear("NativeFlowMatcher", length, dim, 2 * hidden)
+        linear("NativeFlowMatcher", 1, dim, hidden, times=1)  # the embedding of t = 1
+        if training:  # the matching loss at random times, whose inputs get no gradient
+            linear("NativeFlowMatcher", length, dim, 2 * hidden, times=1)
+            linear("NativeFlowMatcher", length, dim, hidden)
+    if training:
+        for ahead in range(1, model.mtp.num_heads + 1):
+            linear("later targets", max(length - ahead, 0), dim, model.vocab_size)
+    return Flops(forward, backward)
+
+
+def per_token(model: ModelConfig, length: int, *, causal: bool = False, training: bool = True) -> Flops:
+    """Mean operations a token in sequences of ``length`` tokens."""
+    return per_sequence(model, length, causal=causal, training=training) / length
+
+
+def scoring(model: ModelConfig, window: int, stride: int, *, causal: bool = False) -> float:
+    """Operations a scored token with sliding windows: a whole window for ``stride`` targets, the head only for them."""
+    parts = dict(per_sequence(exported(model), window, causal=causal, training=False).forward)
+    head = parts.pop("head")
+    return sum(parts.values()) / stride + head / window
+
+
+def saved_bytes(model: ModelConfig, rows: int, length: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes autograd keeps for the backward pass of one training step, counted without computing anything.
+
+    The model runs on the meta device; every storage that is saved and is no weight counts once. Attention is counted
+    as a fused kernel saves it: its inputs, its output and one float32 a query. In float32 this is what a CPU keeps. In
+    bfloat16 it is an estimate: weights and stream are all bfloat16, the TTT-Linear scan float32, nothing is fused;
+    ``torch.compile`` keeps less.
+    """
+    return sum(_nbytes(t) for t in _saved(model, rows, length, dtype))
+
+
+def activation_bytes(model: ModelConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """:func:`saved_bytes` of ``tokens`` tokens of a long sequence, from a short one: a constant and so much each."""
+    constant, each = _saved_line(model, dtype)
+    return round(constant + each * tokens)
+
+
+@functools.lru_cache(maxsize=256)
+def _saved_line(model: ModelConfig, dtype: torch.dtype) -> tuple[int, float]:
+    length = (
+        GROUP * model.ttt_linear.mini_batch if model.ttt_linear.enabled else 512
+    )  # few mini-batches: they are steps
+    if length == model.vocab_size:
+        length *= 2
+    kept = _saved(model, 1, length, dtype)
+    # The loss keeps the gradient of its head, the one large thing that does not grow with the tokens.
+    constant = sum(_nbytes(t) for t in kept if t.shape == (model.vocab_size, model.model_dim))
+    return constant, (sum(map(_nbytes, kept)) - constant) / length
+
+
+def _saved(model: ModelConfig, rows: int, length: int, dtype: torch.dtype) -> list[Tensor]:
+    with torch.device("meta"):
+        network = GPT(model).to(dtype)
+        tokens = torch.empty(rows, length, dtype=torch.int64)
+    given = {_storage(t) for t in (tokens, *network.parameters())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[_storage(tensor)] = tensor  # holding it keeps its storage's address its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _FusedAttention():
+        network.loss(tokens, tokens)
+    return [tensor for key, tensor in kept.items() if key not in given]
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _KeepsAttention(torch.autograd.Function):
+    """Stands for fused attention on the meta device: right shape out, right tensors saved."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.size(-1)).transpose(1, 2).contiguous().transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+
+class _FusedAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is causal_attention:
+            return _KeepsAttention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,228 @@
+"""The one model definition: a GPT assembled from :class:`golfbook.config.load.ModelConfig`.
+
+Training, quantisation, scoring and adaptation all use this class, so they cannot drift apart. State-dict names are the
+published systems' export names (one matrix a tensor, PR 1166 section 13), in the published order.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from golfbook.config.schema import ModelConfig, MTPConfig
+from golfbook.model.attention import Backend
+from golfbook.model.cross_entropy import softcapped_cross_entropy
+from golfbook.model.kernels import add_scaled, rms_norm
+from golfbook.model.layers import Attention, BigramHash, Block, SmearGate, ValueEmbedding
+from golfbook.model.refiners import FlowRefiner, NativeFlowMatcher, TTTLinear
+
+BOS_ID = 1  # the id that starts every document, in the challenge's tokenizer and in ours
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer with U-Net skips, hashed bigrams and optional refiners (PR 1166 section 4).
+
+    Built with the values of :func:`initialise` still to be drawn; on the meta device this costs nothing.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False  # recompute each block in backward: less memory, a third more arithmetic
+        layers, dim = config.num_layers, config.model_dim
+        self.encoder_layers = layers // 2
+        skips = min(self.encoder_layers, layers - self.encoder_layers)
+        if config.unet_skips and skips:
+            self.skip_weights = nn.Parameter(torch.ones(skips, dim))
+        self.tok_emb = nn.Embedding(config.vocab_size, dim)
+        if config.bigram.vocab_size:
+            self.bigram = BigramHash(config)
+        if config.smear:
+            self.smear = SmearGate(config)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(layers))
+        if config.value_embedding_layers:
+            self.ve_shared = ValueEmbedding(config)
+            self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in config.value_embedding_layers)
+        if config.ttt_linear.enabled:
+            self.ttt_refiner = TTTLinear(config)
+        if config.flow.enabled:
+            self.flow_refiner = FlowRefiner(config)
+        if config.native_flow.enabled:
+            self.native_flow = NativeFlowMatcher(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(dim, config.vocab_size, bias=False)
+        if config.mtp.num_heads:
+            self.mtp_heads = nn.ModuleList(
+                nn.Linear(dim, config.vocab_size, bias=False) for _ in range(config.mtp.num_heads)
+            )
+
+    def use_attention(self, backend: Backend) -> None:
+        """Let all blocks compute attention by ``backend``, see :mod:`golfbook.model.attention`."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+
+    def hidden(self, tokens: Tensor, length: int | None = None) -> Tensor:
+        """Map token ids (B, T) int64 to the refined final state (B, T, D) that the output head reads.
+
+        ``length`` >= T computes what the first T positions of an input of that length have: the rotary base depends on
+        it. With TTT-Linear T must be a multiple of its mini-batch for that.
+        """
+        x = self._refine(self._trunk(tokens, length))
+        return x + self.native_flow(x) if self.config.native_flow.enabled else x
+
+    def _trunk(self, tokens: Tensor, length: int | None = None) -> Tensor:
+        config = self.config
+        x = self.tok_emb(tokens)
+        if config.bigram.vocab_size:
+            x = x + self.bigram(tokens)
+        kind = x.device.type
+        if not x.is_meta and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))  # the whole residual stream, as in the published runs
+        x = rms_norm(x)
+        if config.smear:
+            x = self.smear(x, tokens == BOS_ID if config.smear_document_mask else None)
+        x0 = x
+        embeddings = self._value_embeddings(tokens)
+        again = config.recurrent_layers
+        first: Tensor | None = None
+        stack: list[Tensor] = []
+
+        def run(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+            inputs = (x, x0, embeddings.get(i), first if i else None, length)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                return checkpoint(self.blocks[i], *inputs, use_reentrant=False)
+            return self.blocks[i](*inputs)
+
+        for i in range(config.num_layers):
+            j = i - self.encoder_layers
+            if j >= 0 and stack:
+                x = add_scaled(x, self.skip_weights[j], stack.pop())
+            x, values = run(i, x)
+            if config.value_residual != "none" and i == 0:
+                first = values
+            if config.recurrence_place == "in_place":
+                for _ in range(again.count(i)):
+                    x, _ = run(i, x)
+            if j < 0 and config.unet_skips:
+                stack.append(x)
+        if config.recurrence_place == "after":
+            for i in again:
+                x, _ = run(i, x)
+        return rms_norm(x)
+
+    def _refine(self, x: Tensor) -> Tensor:
+        config = self.config
+        if config.ttt_linear.enabled:
+            x = x + self.ttt_refiner(x)
+        if config.flow.enabled:
+            x = x + self.flow_refiner(x)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map states (..., D) to soft-capped float32 logits (..., V): ``cap * tanh(z / cap)``."""
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(F.linear(hidden, self._head().to(hidden.dtype)).float() / cap)
+
+    def _head(self) -> Tensor:
+        return self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map token ids (B, T) to logits (B, T, V) in float32."""
+        return self.logits(self.hidden(tokens))
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T); float32 scalar.
+
+        In training mode the auxiliary losses are added: flow matching and multi-token prediction, each by its weight.
+        """
+        config = self.config
+        x = self._refine(self._trunk(tokens))
+        auxiliary = torch.zeros((), device=x.device)
+        if config.native_flow.enabled:
+            if self.training:
+                auxiliary = config.native_flow.loss_weight * self.native_flow.matching_loss(x)
+            x = x + self.native_flow(x)
+        if config.mtp.num_heads and self.training:
+            heads = [self._mtp_loss(x, targets, ahead) for ahead in range(1, config.mtp.num_heads + 1)]
+            auxiliary = auxiliary + config.mtp.loss_weight * torch.stack(heads).mean()
+        return softcapped_cross_entropy(x, self._head(), targets, config.logit_softcap) + auxiliary
+
+    def _mtp_loss(self, x: Tensor, targets: Tensor, ahead: int) -> Tensor:
+        head = cast(nn.Linear, self.mtp_heads[ahead - 1])
+        return softcapped_cross_entropy(x[:, :-ahead], head.weight, targets[:, ahead:], self.config.logit_softcap)
+
+    def _value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
+        layers = self.config.value_embedding_layers
+        if not layers:
+            return {}
+        shared = self.ve_shared(tokens)
+        return {i: scale.to(shared.dtype) * shared for i, scale in zip(layers, self.ve_layer_scales, strict=True)}
+
+
+@torch.no_grad()
+def initialise(model: GPT, seed: int) -> GPT:
+    """Draw the published initial weights (PR 1166 section 12) from ``seed``; returns ``model``.
+
+    Matrices of linear maps are semi-orthogonal, output projections zero, token embeddings N(0, 0.005^2). The generator
+    is local, so the same seed gives the same weights whatever ran before. Below the published sizes this differs from
+    the published code in one place: it would leave the two ``proj`` of the hashed and value embeddings at zero, where
+    the zero table behind the first would never get a gradient.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    zero = {"attn.proj", "mlp.proj", "attn.attn_gate", "dtg_gate", "lm_head", "ttt_refiner.o_proj"}
+    zero |= {"flow_refiner.velocity_net.2", "native_flow.v_out"}
+    biases = {"attn.attn_gate": 4.0, "dtg_gate": 2.0}
+    small = {"flow_refiner": config.flow.init_scale, "native_flow": config.native_flow.init_scale}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            role = name.split(".", 2)[2] if name.startswith("blocks.") else name
+            if module.bias is not None:
+                module.bias.fill_(biases.get(role, 0.0))
+            owner = role.split(".")[0]
+            if role in zero or owner == "mtp_heads":
+                module.weight.zero_()
+            elif owner in small and min(module.weight.shape) < 64:
+                # the published final sweep turns only matrices of at least 64 x 64 orthogonal
+                module.weight.normal_(0.0, small[owner], generator=generator)
+            else:
+                nn.init.orthogonal_(module.weight, generator=generator)
+    model.tok_emb.weight.normal_(0.0, config.tied_embed_init_std, generator=generator)
+    if config.bigram.vocab_size:
+        model.bigram.embed.weight.zero_()
+        if config.bigram.scaled_init:
+            model.bigram.proj.weight.mul_((2 * config.num_layers) ** -0.5)
+    if config.value_embedding_layers:
+        model.ve_shared.embed.weight.normal_(0.0, 0.01, generator=generator)
+    if config.ttt_linear.enabled:
+        model.ttt_refiner.W1.normal_(0.0, 0.02, generator=generator)
+    return model
+
+
+def exported(config: ModelConfig) -> ModelConfig:
+    """The architecture without what only training uses: the heads of multi-token prediction."""
+    return config.model_copy(update={"mtp": MTPConfig()})
+
+
+def exported_state(model: GPT) -> dict[str, Tensor]:
+    """The model's tensors that :func:`exported` needs, by name."""
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("mtp_heads.")}
+
+
+def parameter_table(config: ModelConfig) -> dict[str, int]:
+    """Parameter counts by group, with their total; nothing is allocated."""
+    with torch.device("meta"):
+        model = GPT(config)
+    table: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        group = f"blocks.{parts[2]}" if parts[0] == "blocks" else parts[0]
+        if parts[0] == "blocks" and parts[2] not in ("attn", "mlp"):
+            group = "blocks.scales"
+        table[group] = table.get(group, 0) + parameter.numel()
+    return {**table, "total": sum(table.values())}

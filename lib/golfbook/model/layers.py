@@ -1,0 +1,236 @@
+"""Building blocks of the published transformers: norm, rotary positions, attention and its options, MLP, embeddings.
+
+Formulae follow PR 1166 (sections 4-7 of its description) unless a docstring names another source. Shapes: B rows, T
+positions, D model width, H query heads, K key/value heads, d = D/H. Linear maps are ``y = x W^T`` without bias.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from golfbook.config.schema import ModelConfig
+from golfbook.model.attention import Backend, causal_attention
+from golfbook.model.kernels import add_scaled, mix, normed_heads, remove_own_value, rms_norm, squared_leaky_relu
+
+
+@functools.lru_cache(maxsize=16)
+def rope_tables(
+    positions: int, dims: int, base: float, train_length: int, device: torch.device, length: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, each (positions, dims/2) float32.
+
+    Beyond a ``length`` (0: the positions) of ``train_length`` the base grows to ``base *
+    (length/train_length)^(dims/(dims-2))`` (NTK rule, PR 1166 section 5). Computed in float32 at any length; the
+    published code rounds short tables to bfloat16 by accident.
+    """
+    length = length or positions
+    if length > train_length:
+        base = base * (length / train_length) ** (dims / (dims - 2))
+    with torch.inference_mode(False):  # tables made while scoring must stay usable by autograd
+        exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), base**-exponents)
+        return angles.cos(), angles.sin()
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with QK norm, partial RoPE and a per-head query gain (PR 1166 section 5).
+
+    Options: exclusive self-attention, a per-head output gate, and mixing in the values of layer 0 (PR 1170).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        dim, head_dim = config.model_dim, config.head_dim
+        kv_dim = config.num_kv_heads * head_dim
+        self.config = config
+        self.backend: Backend = "auto"
+        self.exclusive = layer in config.xsa_layers
+        self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
+        if config.value_residual == "lambda":
+            self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5]))
+        elif config.value_residual == "alpha":
+            self.vrl_alpha = nn.Parameter(torch.zeros(1))
+        self.c_q = nn.Linear(dim, dim, bias=False)
+        self.c_k = nn.Linear(dim, kv_dim, bias=False)
+        self.c_v = nn.Linear(dim, kv_dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+        if config.gated_attention:
+            self.attn_gate = nn.Linear(dim, config.num_heads, bias=True)
+
+    def forward(
+        self,
+        x: Tensor,
+        value_embedding: Tensor | None = None,
+        first_values: Tensor | None = None,
+        length: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (output (B, T, D), raw values (B, T, K*d)).
+
+        ``value_embedding`` (B, T, K*d) is added to the values; ``first_values`` are layer 0's raw values. ``length``
+        is the number of positions that the rotary base is made for, where ``x`` is only the beginning of them.
+        """
+        config = self.config
+        batch, time, _ = x.shape
+        q = self.c_q(x).view(batch, time, config.num_heads, config.head_dim)
+        k = self.c_k(x).view(batch, time, config.num_kv_heads, config.head_dim)
+        v = raw = self.c_v(x)
+        if value_embedding is not None:
+            v = raw = v + value_embedding
+        if first_values is not None and config.value_residual == "lambda":
+            mix = self.vr_lambda.to(v.dtype)
+            v = mix[0] * first_values + mix[1] * v
+        elif first_values is not None:
+            v = v + torch.sigmoid(self.vrl_alpha).to(v.dtype) * first_values
+        v = v.view(batch, time, config.num_kv_heads, config.head_dim)
+        rotated = config.rope_dims or config.head_dim
+        cos, sin = rope_tables(time, rotated, config.rope_base, config.rope_train_length, x.device, length or time)
+        q, k = normed_heads(q, cos, sin, self.q_gain), normed_heads(k, cos, sin)
+        y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.backend).transpose(1, 2)
+        if self.exclusive:  # XSA, PR 1166 section 5 step 8
+            y = remove_own_value(y, v)
+        if config.gated_attention:
+            y = y * torch.sigmoid(self.attn_gate(x)).unsqueeze(-1)
+        return self.proj(y.reshape(batch, time, -1)), raw
+
+
+class MLP(nn.Module):
+    """``W_proj leaky(W_fc x)^2``: with the published slope 0.5, z^2 above zero and z^2/4 below (PR 1166 s. 4.2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = int(config.mlp_mult * config.model_dim)
+        self.slope = config.leaky_slope
+        self.fc = nn.Linear(config.model_dim, hidden, bias=False)
+        self.proj = nn.Linear(hidden, config.model_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        return self.proj(squared_leaky_relu(self.fc(x), self.slope))
+
+
+class Canon(nn.Module):
+    """``x_t + sigmoid(l) sum_k w_k x_{t-k}``, zeros before the sequence, w = 0 at first (PR 1170 section 4.1)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.canon.kernel, config.model_dim))
+        self.delta_gate_logit = nn.Parameter(torch.tensor(config.canon.gate_init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        weight, kernel, time = self.weight.to(x.dtype), self.weight.size(0), x.size(1)
+        padded = F.pad(x, (0, 0, kernel - 1, 0))
+        mixed = torch.stack([weight[k] * padded[:, kernel - 1 - k :][:, :time] for k in range(kernel)]).sum(0)
+        return x + torch.sigmoid(self.delta_gate_logit).to(x.dtype) * mixed
+
+
+class Block(nn.Module):
+    """One layer: residual mix with the embedding stream, attention, MLP (PR 1166 section 4.1).
+
+    ``u = r0 x + r1 x0``; ``y = u + alpha Attn(s rms(u))``; ``out = y + beta MLP(s rms(y))`` with s = 1/sqrt(layer+1).
+    Options: Canon on the inputs of attention and MLP; a gate ``out <- u + sigmoid(w stop(u) + 2) (out - u)``.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        dim = config.model_dim
+        self.scale = 1.0 / math.sqrt(layer + 1) if config.ln_scale else 1.0
+        self.attn_scale = nn.Parameter(torch.ones(dim))
+        self.mlp_scale = nn.Parameter(torch.ones(dim))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        if layer >= config.num_layers - config.canon.last_n:
+            self.canon_a, self.canon_c = Canon(config), Canon(config)
+        if config.depth_gate:
+            self.dtg_gate = nn.Linear(dim, 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        value_embedding: Tensor | None = None,
+        first_values: Tensor | None = None,
+        length: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (stream (B, T, D), raw values of this layer (B, T, K*d)); ``length`` as in :class:`Attention`."""
+        u = mix(x, x0, self.resid_mix)
+        normed = rms_norm(u, self.scale)
+        attended, values = self.attn(self._canon("a", normed), value_embedding, first_values, length)
+        y = add_scaled(u, self.attn_scale, attended)
+        out = add_scaled(y, self.mlp_scale, self.mlp(self._canon("c", rms_norm(y, self.scale))))
+        if hasattr(self, "dtg_gate"):
+            out = u + torch.sigmoid(self.dtg_gate(u.detach())) * (out - u)
+        return out, values
+
+    def _canon(self, place: str, x: Tensor) -> Tensor:
+        return getattr(self, f"canon_{place}")(x) if hasattr(self, "canon_a") else x
+
+
+class BigramHash(nn.Module):
+    """Embedding of the (previous, current) token pair by a hash into a small table (PR 1166 section 4 step 2).
+
+    Row ``h = ((36313 t) xor (27191 t_prev)) mod (rows - 1)``; the last row serves position 0 of every sequence. With
+    trigrams a second row of the same table is added, hashed with ``51497 t_prev2`` too (PR 1406 section 4).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.rows, self.trigram = config.bigram.vocab_size, config.bigram.trigram
+        self.scale = nn.Parameter(torch.tensor(0.05))
+        self.embed = nn.Embedding(self.rows, config.bigram.dim)
+        self.proj = nn.Linear(config.bigram.dim, config.model_dim, bias=False)
+
+    def rows_of(self, tokens: Tensor, order: int = 2) -> Tensor:
+        """Table rows (B, T) int64 of the last ``order`` tokens at each position of ``tokens`` (B, T) int64."""
+        key, time = torch.zeros_like(tokens[:, order - 1 :]), tokens.size(1)
+        for back, prime in enumerate((36313, 27191, 51497)[:order]):
+            key = torch.bitwise_xor(key, prime * tokens[:, order - 1 - back : time - back])
+        return F.pad(key % (self.rows - 1), (time - key.size(1), 0), value=self.rows - 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map token ids (B, T) to vectors (B, T, D)."""
+        rows = self.embed(self.rows_of(tokens))
+        if self.trigram:
+            rows = rows + self.embed(self.rows_of(tokens, 3))
+        vectors = self.proj(rows)
+        return self.scale.to(vectors.dtype) * vectors
+
+
+class SmearGate(nn.Module):
+    """Mix each position with its predecessor: ``(1-g) x_t + g x_{t-1}``, g = sigmoid(gate), x_{-1} = 0 (PR 1166).
+
+    With ``starts`` given, the predecessor of a document's first token counts as zero too, so that nothing crosses a
+    document boundary here (the ruling of PR 1797 and 1855).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(config.model_dim))
+
+    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D); ``starts`` (B, T) bool marks the first token of each document."""
+        gate, before = torch.sigmoid(self.gate).to(x.dtype), F.pad(x, (0, 0, 1, -1))
+        if starts is not None:
+            before = before.masked_fill(starts.unsqueeze(-1), 0.0)
+        return (1 - gate) * x + gate * before
+
+
+class ValueEmbedding(nn.Module):
+    """A second token embedding, as wide as the values, shared by the layers that add it (PR 1166 section 7)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.1))
+        self.embed = nn.Embedding(config.vocab_size, config.value_embedding.dim)
+        self.proj = nn.Linear(config.value_embedding.dim, config.num_kv_heads * config.head_dim, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map token ids (B, T) to (B, T, K*d)."""
+        vectors = self.proj(self.embed(tokens))
+        return self.scale.to(vectors.dtype) * vectors

@@ -1,0 +1,1 @@
+"""Controls around plots, for notebooks; nothing is computed here."""

@@ -1,0 +1,221 @@
+"""Pictures of weights and bytes: the quantisation grid, its error and entropy, and what fills the byte budget.
+
+Pure functions like those of :mod:`golfbook.plots.style`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike, NDArray
+
+from golfbook.plots.style import BLUE, CYCLE, GREEN, GREY, LIGHT, ORANGE, RED, SKY, Picture, new, styled
+
+
+def entropy_bits(integers: ArrayLike) -> float:
+    """Order-0 entropy of integers in bits each: the least a coder can spend that sees one value at a time."""
+    counts = np.unique(np.asarray(integers).ravel(), return_counts=True)[1]
+    share = counts / counts.sum()
+    return float(-(share * np.log2(share)).sum()) + 0.0  # no negative zero for a constant
+
+
+def relative_error(weights: ArrayLike, decoded: ArrayLike) -> float:
+    """Root mean square of the error over that of the weights (0: exact, 1: as bad as storing zeros)."""
+    w, d = np.asarray(weights, np.float64), np.asarray(decoded, np.float64)
+    return float(np.sqrt(((w - d) ** 2).mean() / max(float((w**2).mean()), 1e-30)))
+
+
+@styled
+def parameters(counts: Mapping[str, int], *, title: str = "") -> Picture:
+    """Parameters by group as horizontal bars, largest first."""
+    rows = sorted(counts.items(), key=lambda item: -item[1])
+    total = sum(counts.values())
+    figure, (axes,) = new(width=8.0, height=0.9 + 0.34 * len(rows))
+    bars = axes.barh([name for name, _ in rows], [n for _, n in rows], color=SKY)
+    axes.bar_label(bars, [f"{n:,} ({n / max(total, 1):.1%})" for _, n in rows], padding=4, fontsize=10)
+    axes.invert_yaxis()
+    axes.margins(x=0.28)
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+    axes.set(xlabel="parameters", title=title or f"{total:,} parameters")
+    return figure
+
+
+def _histogram(axes: Axes, weights: NDArray[np.float64], scale: float, qmax: int, clip: float) -> None:
+    reach = max(float(np.abs(weights).max()), clip) * 1.08
+    outside = float((np.abs(weights) > clip + scale / 2).mean())  # farther off than rounding alone would put them
+    axes.hist(weights, bins=81, range=(-reach, reach), color=SKY)
+    levels = np.arange(-qmax, qmax + 1) * scale
+    inside = levels[np.abs(levels) <= reach]
+    axes.vlines(inside, 0, 0.045, transform=axes.get_xaxis_transform(), color=RED, linewidth=1.0)
+    for sign in (-1, 1):
+        if outside:
+            axes.axvline(sign * clip, color=ORANGE, linestyle="--")
+    used = int(min(qmax, np.ceil(np.abs(weights).max() / scale - 0.5)) * 2 + 1)
+    axes.set(xlabel="weight", ylabel="how many", xlim=(-reach, reach))
+    axes.set_title(
+        f"Row of {len(weights)} weights: {used} of {2 * qmax + 1} levels (red) in use,\n{outside:.1%} clipped"
+    )
+
+
+@styled
+def grid(weights: ArrayLike, scale: float, qmax: int) -> Picture:
+    """Histogram of one row of weights with the levels it can be rounded to: integer -qmax..qmax times ``scale``."""
+    figure, (axes,) = new(width=8.0, height=3.6)
+    _histogram(axes, np.asarray(weights, np.float64).ravel(), scale, qmax, scale * qmax)
+    return figure
+
+
+@styled
+def quantization(
+    weights: ArrayLike,
+    integers: ArrayLike,
+    decoded: ArrayLike,
+    *,
+    bits: int,
+    scale: float,
+    row: int = 0,
+    name: str = "",
+) -> Picture:
+    """One quantised matrix: a row on its grid, and the integers of the whole matrix with error, entropy and bytes.
+
+    ``weights``, ``integers`` and ``decoded`` have shape (rows, columns); ``scale`` is that of ``row``.
+    """
+    w, q = np.asarray(weights, np.float64), np.asarray(integers, np.int64)
+    qmax = 2 ** (bits - 1) - 1
+    figure, (left, right) = new(2, width=10.0, height=3.9)
+    _histogram(left, w[row], scale, qmax, scale * qmax)
+    values, counts = np.unique(q, return_counts=True)
+    right.bar(values, counts / q.size * 100, width=0.9, color=BLUE)
+    entropy, error = entropy_bits(q), relative_error(w, decoded)
+    right.set(xlabel="stored integer", ylabel="share (%)", xlim=(-qmax - 1, qmax + 1))
+    right.set_title(
+        f"entropy {entropy:.2f} bits per weight, about {entropy * q.size / 8:,.0f} bytes;\nerror {error:.2%} of RMS"
+    )
+    figure.suptitle(f"{name or 'matrix'} at {bits} bits", x=0.01, ha="left")
+    return figure
+
+
+@styled
+def bits_curve(table: pd.DataFrame) -> Picture:
+    """Error and size against bits. ``table``: ``bits``, ``clip`` (a label), ``error`` (of RMS), ``entropy_bits``."""
+    figure, (left, right) = new(2, height=3.6)
+    for (clip, rows), colour in zip(table.groupby("clip", sort=False), CYCLE, strict=False):
+        rows = rows.sort_values("bits")
+        left.plot(rows["bits"], rows["error"] * 100, marker="o", color=colour, label=str(clip))
+        right.plot(rows["bits"], rows["entropy_bits"], marker="o", color=colour, label=str(clip))
+    bits = sorted(set(table["bits"]))
+    right.plot(bits, bits, color=GREY, linestyle=":", label="bits = entropy")
+    left.set(
+        yscale="log",
+        ylabel="error (% of RMS, log scale)",
+        title="One bit more halves the error,\nunless clipping makes up most of it",
+    )
+    left.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    left.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    right.set(ylabel="entropy (bits per weight)", title="... and costs about\none bit of entropy")
+    for axes in (left, right):
+        axes.set(xlabel="bits of the grid", xticks=bits)
+        axes.legend(title="clip", fontsize=9)
+    return figure
+
+
+@styled
+def bits_choice(table: pd.DataFrame, chosen: int) -> Picture:
+    """Error, artifact size and score of whole models with matrices of 3, 4, ... bits; the ``chosen`` one in colour.
+
+    ``table`` has the columns ``bits``, ``error`` (of RMS), ``artifact_bytes`` and ``val_bpb``.
+    """
+    rows = table.sort_values("bits")
+    one = rows[rows["bits"] == chosen].iloc[0]
+    figure, axes = new(3, width=10.0, height=3.5)
+    colours = [BLUE if b == chosen else LIGHT for b in rows["bits"]]
+    for axis, values, label, text in (
+        (axes[0], rows["error"] * 100, "error of the weights (% of RMS)", "{:.1f}"),
+        (axes[1], rows["artifact_bytes"] / 1000, "artifact (thousand bytes)", "{:.0f}"),
+        (axes[2], rows["val_bpb"], "bits per byte, reloaded", "{:.3f}"),
+    ):
+        if axis is axes[2]:  # dots: this axis does not begin at zero, so bars would exaggerate
+            axis.scatter(rows["bits"], values, color=colours, edgecolors=BLUE, s=60, zorder=3)
+        else:
+            axis.bar(rows["bits"], values, color=colours)
+        for bits, value in zip(rows["bits"], values, strict=True):
+            axis.annotate(text.format(value), (bits, value), (0, 5), textcoords="offset points", ha="center", size=8.5)
+        axis.set(xlabel="bits of a matrix weight", ylabel=label, xticks=list(rows["bits"]))
+        axis.margins(y=0.15)
+    figure.suptitle(
+        f"{chosen} bits: artifact of {one['artifact_bytes']:,.0f} bytes, {one['val_bpb']:.3f} bits per byte",
+        x=0.01,
+        ha="left",
+    )
+    return figure
+
+
+@styled
+def entropy_bytes(table: pd.DataFrame) -> Picture:
+    """Bytes of each group of tensors: nominal bits, entropy of its integers, and what lzma really wrote.
+
+    ``table`` has the columns ``group``, ``nominal_bytes``, ``entropy_bytes`` and ``lzma_bytes``.
+    """
+    figure, (axes,) = new(width=8.5, height=3.6)
+    x = np.arange(len(table))
+    for shift, column, colour, label in (
+        (-0.27, "nominal_bytes", LIGHT, "one byte per integer"),
+        (0.0, "entropy_bytes", GREEN, "entropy of the integers"),
+        (0.27, "lzma_bytes", BLUE, "lzma"),
+    ):
+        bars = axes.bar(x + shift, table[column] / 1000, width=0.26, color=colour, label=label)
+        axes.bar_label(bars, [f"{v / 1000:.1f}" for v in table[column]], padding=1, fontsize=9)
+    axes.set_xticks(x, list(table["group"]))
+    axes.margins(y=0.12)
+    axes.set(ylabel="size (thousand bytes)", title="What lzma writes, against the entropy of the integers")
+    axes.legend()
+    return figure
+
+
+@styled
+def size_quality(table: pd.DataFrame, *, title: str) -> Picture:
+    """Score against size, one labelled dot a row of ``table``: columns ``name``, ``artifact_bytes`` and ``val_bpb``."""
+    figure, (axes,) = new(width=9.5, height=3.6)
+    order = table.sort_values("artifact_bytes")
+    x, y = order["artifact_bytes"] / 1000, order["val_bpb"]
+    for i, (name, left, height) in enumerate(zip(order["name"], x, y, strict=True)):
+        label = f"{name}: {left:,.0f} kB, {height:.4f}"
+        axes.scatter(
+            [left], [height], s=80, color=CYCLE[i % len(CYCLE)], marker="osD^vPX*"[i % 8], zorder=3, label=label
+        )
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.margins(x=0.1, y=0.15)
+    axes.set(xlabel="artifact (thousand bytes)", ylabel="bits per byte (lower is better)", title=title)
+    return figure
+
+
+@styled
+def budget(sizes: Mapping[str, int], limit: int = 16_000_000) -> Picture:
+    """Bytes against the limit: all of it in one bar on top, and below what the used part is made of."""
+    total = sum(sizes.values())
+    figure = Picture(figsize=(9.0, 3.2 + 0.2 * ((len(sizes) - 1) // 3)), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=(1, 1.25))
+    colour = BLUE if total <= limit else RED
+    top.barh([0], [limit], color=LIGHT, height=0.6)
+    top.barh([0], [total], color=colour, height=0.6)
+    top.axvline(limit, color=GREY, linewidth=2)
+    over = f"{limit - total:,} bytes left" if total <= limit else f"{total - limit:,} bytes too many"
+    top.set_title(f"{total:,} of {limit:,} bytes ({total / limit:.2%}): {over}")
+    top.set(xlim=(0, max(limit, total) * 1.005), ylim=(-0.5, 0.5))
+    left = 0
+    for (name, size), shade in zip(sizes.items(), (ORANGE, BLUE, GREEN, SKY, RED, GREY, *CYCLE), strict=False):
+        bottom.barh([0], [size], left=left, color=shade, height=0.6, label=f"{name}: {size:,}")
+        left += size
+    bottom.set(xlim=(0, max(total, 1) * 1.005), ylim=(-0.5, 0.5), xlabel="bytes")
+    figure.legend(loc="outside lower left", ncols=min(len(sizes), 3))
+    for axes in (top, bottom):
+        axes.set_yticks([])
+        axes.grid(visible=False)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+    return figure

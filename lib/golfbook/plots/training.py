@@ -1,0 +1,376 @@
+"""Pictures of training: published trajectories, sweeps and conditions over seeds, Newton-Schulz steps.
+
+Pure functions like those of :mod:`golfbook.plots.style`. Tables of results are tidy: ``sweep`` and ``conditions`` take
+one row a run, and differences one row a comparison; :mod:`golfbook.panels.training` makes both from a study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike
+
+from golfbook.analysis.statistics import describe
+from golfbook.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, LIGHT, ORANGE, PURPLE, RED, SKY, Picture, new, styled
+
+METRICS = {
+    "val_bpb": "validation (bits per byte)",
+    "val_loss": "validation loss (nats a token)",
+    "train_loss": "training loss (nats a token)",
+}
+SYSTEM_COLOURS = {"S1166": BLUE, "S1170": RED, "S1232": GREEN, "S1406": PURPLE, "GEPA": GREY}
+RUN = ["system", "variant", "seed"]
+COUNTS = {"tokens_seen": "trained tokens", "step": "optimiser step", "seconds": "training time (s)"}
+SMALLEST = 1e-4  # of a singular value in a picture; smaller ones lie on the edge
+
+
+@styled
+def trajectories(points: pd.DataFrame, events: pd.DataFrame, runs: pd.DataFrame, *, metric: str = "val_bpb") -> Picture:
+    """Published curves against steps (left) and hours of training (right), and what happened when (below).
+
+    The tables are ``trajectories.csv``, ``events.csv`` and ``runs.csv`` of ``runs/published``; ``metric`` is a key of
+    :data:`METRICS`. The first validation, before any step, is left out. Below, a line a run: thick from the start of
+    the warmdown, with a bar where snapshots and a square where the late-QAT switch began.
+    """
+    points = points.assign(hours=points["train_time_ms"] / 3.6e6, seed=points["seed"].fillna(-1))
+    events = events.assign(seed=events["seed"].fillna(-1))
+    shown = points[(points["metric"] == metric) & (points["step"] > 0)]
+    systems = [name for name in SYSTEM_COLOURS if name in set(shown["system"])]
+    lines = [
+        key
+        for name in systems
+        for key in dict.fromkeys(shown.loc[shown["system"] == name, RUN].itertuples(index=False, name=None))
+    ]
+    figure = Picture(figsize=(10.5, 6.0), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=(3.2, 1))
+    late = shown[shown["step"] >= 0.06 * shown.groupby(RUN)["step"].transform("max")]["value"]
+    dot = "" if metric == "train_loss" else "o"
+    for column, x in enumerate(("step", "hours")):
+        curves, strip = figure.add_subplot(grid[0, column]), figure.add_subplot(grid[1, column])
+        for row, key in enumerate(lines):
+            colour = SYSTEM_COLOURS[key[0]]
+            mine = shown[(shown[RUN] == key).all(axis=1)].sort_values("step")
+            curves.plot(mine[x], mine["value"], color=colour, linewidth=1.2, alpha=0.75, marker=dot, markersize=3)
+            _draw_events(
+                strip,
+                row,
+                events[(events[RUN] == key).all(axis=1)],
+                points[(points[RUN] == key).all(axis=1)],
+                x,
+                colour,
+            )
+        margin = 0.04 * float(late.max() - late.min())
+        curves.set(ylim=(float(late.min()) - margin, float(late.max()) + margin), ylabel=METRICS[metric])
+        curves.set_xlim(left=0)
+        strip.set(
+            xlim=curves.get_xlim(),
+            ylim=(len(lines), -1),
+            yticks=[],
+            xlabel="optimiser step" if x == "step" else "hours of training",
+        )
+        curves.tick_params(labelbottom=False)
+        strip.grid(axis="y", visible=False)
+        curves.set_title("Against steps of 786,432 tokens" if x == "step" else "Against time, each on its own hardware")
+    for name in systems:
+        who = f"PR {name[1:]}" if name != "GEPA" else "GEPA (PR 612 to 668)"
+        hardware = runs.loc[(runs["system"] == name) & runs["hardware"].notna(), "hardware"]
+        label = f"{who}, {hardware.iloc[0]}, {sum(key[0] == name for key in lines)} runs"
+        figure.axes[0].plot([], [], color=SYSTEM_COLOURS[name], linewidth=2.5, label=label)
+    figure.axes[0].legend(fontsize=9)
+    for marker, size, label in (("", 0, "warmdown"), ("|", 11, "snapshots begin"), ("s", 5, "late-QAT switch")):
+        figure.axes[2].plot(
+            [], [], color=BLACK, marker=marker, markersize=size, linewidth=0 if marker else 4, label=label
+        )
+    figure.axes[2].legend(title="below: each run", title_fontsize=9, fontsize=9)
+    figure.suptitle("Published training runs (facts of the pull requests, not of this project)", x=0.01, ha="left")
+    return figure
+
+
+def _draw_events(axes: Axes, row: int, events: pd.DataFrame, points: pd.DataFrame, x: str, colour: str) -> None:
+    """One run of the strip below :func:`trajectories`; steps become hours by the run's own logged times."""
+    clock = points.drop_duplicates("step").sort_values("step")
+
+    def place(step: float) -> float:
+        return step if x == "step" else float(np.interp(step, clock["step"], clock["hours"]))
+
+    at = {event: place(step) for event, step in zip(events["event"], events["step"], strict=True)}
+    end = at.get("train_end", place(float(clock["step"].max())))
+    axes.plot([0, end], [row, row], color=colour, linewidth=0.8)
+    if "warmdown_start" in at:
+        axes.plot([at["warmdown_start"], end], [row, row], color=colour, linewidth=3.5, alpha=0.5)
+    for event, marker, size in (("swa_start", "|", 8), ("late_qat", "s", 3.5)):
+        if event in at:
+            axes.plot(at[event], row, marker=marker, color=BLACK, markersize=size)
+
+
+@styled
+def sweep(
+    scores: pd.DataFrame,
+    differences: pd.DataFrame,
+    *,
+    xlabel: str,
+    title: str,
+    base: float = 10,
+    against: str = "",
+) -> Picture:
+    """A score over a setting, one line a series, and paired differences beside it.
+
+    ``scores`` has the columns ``series``, ``x``, ``seed`` and ``val_bpb``, one row a run; every run is a dot, a line
+    joins the means, bars are their 95 % t-intervals, and a ring marks the best mean of each series among those of all
+    seeds. ``differences`` has ``label``, ``mean``, ``low``, ``high`` and ``n`` a comparison. ``base`` is that of the
+    logarithmic axis, ``against`` says what the differences are.
+    """
+    figure, (left, right) = new(2, width=10.5, height=4.2, width_ratios=(1.35, 1))
+    _draw_sweep(left, scores, xlabel=xlabel, base=base)
+    left.set_title(title)
+    _draw_differences(right, differences)
+    right.set_title(against)
+    return figure
+
+
+@styled
+def sweep_curves(
+    scores: pd.DataFrame, curves: pd.DataFrame, chosen: Mapping[str, str], *, xlabel: str, base: float, x: str
+) -> Picture:
+    """The sweep of :func:`sweep` with some variants picked out, and the validation curves of these.
+
+    ``scores`` needs a column ``variant`` too. ``curves`` has ``variant``, ``seed``, ``val_bpb`` and the columns of
+    :data:`COUNTS`, one row a validation; ``chosen`` maps labels to variants, ``x`` is a key of :data:`COUNTS`.
+    """
+    figure, (left, right) = new(2, width=10.5, height=4.2)
+    _draw_sweep(left, scores, xlabel=xlabel, base=base, best=False)
+    tops = []
+    for (label, variant), colour in zip(chosen.items(), (BLACK, ORANGE, SKY), strict=False):
+        here = scores[scores["variant"] == variant]
+        if len(here):
+            left.plot(here["x"].iloc[0], here["val_bpb"].mean(), "o", markersize=15, mfc="none", mec=colour, mew=2.5)
+        mine = curves[curves["variant"] == variant]
+        for _, one in mine.groupby("seed"):
+            right.plot(one[x], one["val_bpb"], color=colour, linewidth=0.8, alpha=0.5)
+        mean = mine.groupby("step")[[x, "val_bpb"]].mean()
+        right.plot(mean[x], mean["val_bpb"], color=colour, marker="o", label=f"{label} (n = {mine['seed'].nunique()})")
+        tops += list(mean["val_bpb"].iloc[2:3] if len(mean) > 3 else mean["val_bpb"].iloc[:1])
+    left.set_title("Score after training")
+    right.set(xlabel=COUNTS[x], ylabel="bits per byte", title="On the way (last point: averaged weights)")
+    right.xaxis.set_major_locator(MaxNLocator(5))
+    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1e4 else f"{value:g}"))
+    if tops:
+        low = float(curves.loc[curves["variant"].isin(list(chosen.values())), "val_bpb"].min())
+        right.set_ylim(low - 0.05 * (max(tops) - low + 1e-3), max(tops) + 0.1 * (max(tops) - low + 1e-3))
+        right.legend()
+    return figure
+
+
+@styled
+def conditions(scores: pd.DataFrame, differences: pd.DataFrame, *, title: str, against: str) -> Picture:
+    """Rows of conditions: every seed as a dot with mean and 95 % interval, and the paired difference from a reference.
+
+    ``scores`` has ``label``, ``seed``, ``val_bpb`` and may have ``group``, which parts the rows and sets the colour;
+    ``differences`` has ``label``, ``mean``, ``low``, ``high``, ``n`` for the rows that are compared, and ``group`` too
+    where ``scores`` has. ``against`` says from what.
+    """
+    scores, differences = (t if "group" in t else t.assign(group="") for t in (scores, differences))
+    rows = list(dict.fromkeys(scores[["group", "label"]].itertuples(index=False, name=None)))
+    groups = list(dict.fromkeys(group for group, _ in rows))
+    place = {row: index + 0.7 * groups.index(row[0]) for index, row in enumerate(rows)}
+    figure, (left, right) = new(2, width=10.5, height=1.5 + 0.42 * (len(rows) + len(groups)), sharey=True)
+    for (group, label), y in place.items():
+        colour = CYCLE[groups.index(group) % len(CYCLE)]
+        values = scores.loc[(scores["group"] == group) & (scores["label"] == label), "val_bpb"].to_numpy(float)
+        left.plot(values, [y - 0.14] * len(values), "o", color=colour, alpha=0.45, markersize=6)
+        summary = describe(values)
+        left.errorbar(
+            summary.mean,
+            y + 0.14,
+            xerr=_half(summary.low, summary.high),
+            color=colour,
+            marker="D",
+            capsize=4,
+            markersize=6,
+        )
+        found = differences[(differences["group"] == group) & (differences["label"] == label)]
+        if found.empty:
+            right.plot(0, y, "D", color=GREY, markersize=6)
+        for one in found.to_dict("records"):
+            _draw_difference(right, y, one["mean"], one["low"], one["high"])
+    counts = scores.groupby(["group", "label"], sort=False)["seed"].count()
+    left.set_yticks(list(place.values()), [f"{label}  (n = {counts[group, label]})" for group, label in rows])
+    for group in groups if len(groups) > 1 else []:
+        top = min(y for (g, _), y in place.items() if g == group)
+        left.annotate(
+            group, (0.0, top - 0.62), xycoords=("axes fraction", "data"), fontsize=10, fontweight="bold", va="center"
+        )
+    left.set_ylim(max(place.values()) + 0.6, -1.1 if len(groups) > 1 else -0.8)
+    left.set(xlabel="bits per byte", title=title)
+    right.set_title(against)
+    _finish_differences(right)
+    left.grid(axis="y", visible=False)
+    left.xaxis.set_major_locator(MaxNLocator(5))
+    return figure
+
+
+@styled
+def newton_schulz(
+    sizes: ArrayLike, coefficients: Sequence[tuple[float, float, float]], *, step: int, title: str = ""
+) -> Picture:
+    """What Newton-Schulz has done to each singular direction of a gradient after ``step`` steps.
+
+    ``sizes`` (steps + 1, n) holds the size along each direction after 0, 1, ... steps, in the order of the singular
+    values; ``coefficients`` are those of the steps. Left the polynomial of the last step with what it did, right all
+    sizes.
+    """
+    values, floor = _floor(sizes)
+    figure, (left, right) = new(2, width=10.0, height=4.3)
+    before = values[max(step - 1, 0)]
+    _draw_map(left, coefficients[max(step - 1, 0)], floor)
+    left.scatter(before, values[step], s=16, color=BLUE, alpha=0.7, zorder=3, label="directions of the gradient")
+    left.set_title(f"Polynomial of step {max(step, 1)}" + ("" if step else " (not yet applied)"))
+    left.legend(loc="lower right", fontsize=9)
+    order = np.arange(1, values.shape[1] + 1)
+    for k in range(step):
+        colour = GREY if not k else SKY
+        right.plot(order, values[k], color=colour, linewidth=1.8 if not k else 0.9, label="gradient" if not k else None)
+    right.plot(order, values[step], color=BLUE, label=f"after {step} step{'' if step == 1 else 's'}")
+    right.axhline(1, color=RED, linestyle="--", linewidth=1.2, label="exactly orthogonal")
+    now = values[step]
+    near = float(((now > 0.7) & (now < 1.3)).mean())
+    right.set(yscale="log", ylim=(floor * 0.8, 3), xlabel="direction, largest singular value first", ylabel="size")
+    right.set_title(f"n = {len(now)}, median {np.median(now):.2g}, {near:.0%} in 0.7 to 1.3")
+    right.legend(loc="lower left", fontsize=9)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+@styled
+def newton_schulz_moment(
+    series: Mapping[str, tuple[ArrayLike, Sequence[tuple[float, float, float]]]], moment: float, *, title: str = ""
+) -> Picture:
+    """One moment of Newton-Schulz in motion: a frame of the animation, a column a series.
+
+    ``series`` maps a name to sizes (steps + 1, n) and the coefficients of the steps. At a whole ``moment`` k all
+    directions lie on the diagonal at their size after k steps; in between they first rise to the polynomial of the
+    step, then move across to the diagonal, which makes the result the next step's input.
+    """
+    figure, all_axes = new(len(series), width=8.4, height=4.4)
+    for axes, (name, (sizes, coefficients)) in zip(all_axes, series.items(), strict=True):
+        values, floor = _floor(sizes)
+        step = min(int(moment), len(coefficients) - 1)
+        part = moment - step
+        before, after = np.log(values[step]), np.log(values[step + 1])
+        x = np.exp(before + (after - before) * max(0.0, 2 * part - 1))
+        y = np.exp(before + (after - before) * min(1.0, 2 * part))
+        _draw_map(axes, coefficients[step], floor)
+        axes.scatter(x, y, s=14, color=BLUE, zorder=3)
+        near = float(((y > 0.7) & (y < 1.3)).mean())
+        done = step + 1 if part >= 1 else step
+        axes.set_title(
+            f"{name}: {done} of {len(coefficients)} steps\n{near:.0%} of n = {len(y)} in 0.7 to 1.3", fontsize=11
+        )
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    return figure
+
+
+def _floor(sizes: ArrayLike) -> tuple[np.ndarray, float]:
+    """Sizes that logarithmic axes can show, and where these begin: the power of ten below the smallest at the start."""
+    values = np.abs(np.asarray(sizes, float))
+    low = max(SMALLEST, 10.0 ** np.floor(np.log10(max(float(values[0].min()), SMALLEST))))
+    return np.maximum(values, low), low
+
+
+def _draw_map(axes: Axes, coefficients: tuple[float, float, float], low: float) -> None:
+    """The polynomial of a step over its input, both logarithmic from ``low`` on."""
+    a, b, c = coefficients
+    x = np.geomspace(low, 1.4, 400)
+    axes.plot(x, x, color=LIGHT, linewidth=1.2)
+    axes.axhline(1, color=RED, linestyle="--", linewidth=1.0)
+    axes.plot(x, np.maximum(np.abs(a * x + b * x**3 + c * x**5), low), color=ORANGE, linewidth=1.6)
+    axes.set(xscale="log", yscale="log", xlim=(low * 0.8, 1.6), ylim=(low * 0.8, 3))
+    axes.minorticks_off()  # most of the time that a frame takes
+    axes.set(xlabel="size before the step", ylabel="size after it")
+
+
+def _draw_sweep(axes: Axes, scores: pd.DataFrame, *, xlabel: str, base: float, best: bool = True) -> None:
+    means = scores.groupby(["series", "x"])["val_bpb"].mean()
+    low, middle = float(scores["val_bpb"].min()), float(means.median())
+    top = low + 6.0 * max(middle - low, 1e-3)  # a diverged run must not flatten all the others
+    for name, colour in zip(dict.fromkeys(scores["series"]), CYCLE, strict=False):
+        mine = scores[scores["series"] == name]
+        points = {x: describe(rows["val_bpb"]) for x, rows in mine.groupby("x")}
+        axes.plot(mine["x"], mine["val_bpb"], "o", color=colour, mec="white", mew=0.5, markersize=5, zorder=4)
+        halves = np.array([_half(p.low, p.high)[:, 0] for p in points.values()]).T
+        counts = sorted({p.n for p in points.values()})
+        label = f"{name} (n = {counts[0]}{'' if len(counts) == 1 else f' to {counts[-1]}'})"
+        centres = [p.mean for p in points.values()]
+        axes.errorbar(
+            list(points), centres, yerr=halves, color=colour, marker="D", markersize=5, capsize=4, label=label
+        )
+        for x, point in points.items():
+            if point.mean > top:
+                axes.plot(x, 0.97, "^", color=colour, transform=axes.get_xaxis_transform(), markersize=8)
+                axes.annotate(
+                    f"{point.mean:.2f}",
+                    (x, 0.97),
+                    (0, -14),
+                    xycoords=axes.get_xaxis_transform(),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=9,
+                    color=colour,
+                )
+        if best:
+            x = min((at for at in points if points[at].n == counts[-1]), key=lambda at: points[at].mean)
+            axes.plot(
+                x, points[x].mean, "o", markersize=15, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=2
+            )
+    shown = scores.loc[scores["val_bpb"] <= top, "val_bpb"]
+    reach = float(shown.max()) - low or 0.01
+    axes.set(ylim=(low - 0.08 * reach, float(shown.max()) + 0.14 * reach), xlabel=xlabel, ylabel="bits per byte")
+    axes.set_xscale("log", base=base)
+    if base == 2:
+        axes.set_xticks(sorted(set(scores["x"])))
+    else:
+        axes.xaxis.set_major_locator(LogLocator(base, subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize=9)
+
+
+def _draw_differences(axes: Axes, differences: pd.DataFrame) -> None:
+    if differences.empty:
+        axes.text(0.5, 0.5, "nothing to compare", transform=axes.transAxes, ha="center", color=GREY)
+        axes.set_axis_off()
+        return
+    records = differences.to_dict("records")
+    for y, one in enumerate(records):
+        _draw_difference(axes, y, one["mean"], one["low"], one["high"])
+    labels = [f"{one['label']}\n(n = {one['n']} pairs)" for one in records]
+    axes.set_yticks(range(len(differences)), labels, fontsize=9)
+    axes.set_ylim(len(differences) - 0.5, -0.5)
+    _finish_differences(axes)
+
+
+def _finish_differences(axes: Axes) -> None:
+    axes.axvline(0, color=BLACK, linewidth=0.9)
+    axes.margins(x=0.16)  # room for the numbers at the outermost ones
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("difference in bits per byte, 95 % interval")
+    axes.grid(axis="y", visible=False)
+
+
+def _draw_difference(axes: Axes, y: float, mean: float, low: float, high: float) -> None:
+    """Green below zero, red above it, grey where the interval holds zero or cannot be known."""
+    colour = GREEN if high < 0 else RED if low > 0 else GREY
+    axes.errorbar(mean, y, xerr=_half(low, high), color=colour, marker="o", markersize=7, capsize=4, linewidth=2.2)
+    words = axes.annotate(f"{mean:+.4f}", (mean, y), (0, 8), textcoords="offset points", ha="center")
+    words.set(fontsize=8.5, color=colour, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+
+
+def _half(low: float, high: float) -> np.ndarray:
+    """Half the interval [low, high], twice, as error bars take it; NaN, which draws none, for a single value."""
+    return np.full((2, 1), (high - low) / 2)

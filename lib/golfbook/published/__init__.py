@@ -1,0 +1,1 @@
+"""The four published systems: their checkpoints, names and banks."""

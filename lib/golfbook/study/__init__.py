@@ -1,0 +1,1 @@
+"""From a job file to runs to one table: planning, executing, collecting."""

@@ -1,0 +1,441 @@
+"""Runs a plan: a bounded pool of subprocesses, one a stage, each of which executes one notebook by papermill.
+
+A thread a worker takes the runs in order and starts their stages one after the other. What is finished is skipped, what
+failed is tried again by the next call, what was killed resumes; a failed run does not stop the others.
+
+The thread that works on a run owns its trainer, which is detached: where a stage does not succeed, or the job is to
+stop, it ends the trainer before anything else. When this process dies its stage processes and kernels end within a
+second or two; trainers may go on, and the next call takes them up again first, so that they count as runs in hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from golfbook import activity
+from golfbook.errors import RunError
+from golfbook.files import figures_root, folders, project_root, sha256_file
+from golfbook.machine import visible_gpus
+from golfbook.run import Run, create_run, environment, list_runs
+from golfbook.study.estimates import uses_gpu
+from golfbook.study.interrupts import Interrupts
+from golfbook.study.notebook import (
+    child_main,
+    describe_exit,
+    end_kernels,
+    error_path,
+    log_tail,
+    note_failure,
+    private_folder,
+    read_figure_record,
+    stage_log,
+)
+from golfbook.study.plan import Plan, PlannedRun, notebook_path, plan
+from golfbook.study.results import collect, digest, is_collected, note_seconds, note_variants, rows
+from golfbook.train import launcher
+
+__all__ = ["Figure", "Progress", "Report", "RunStatus", "collect", "plan", "run"]
+
+POLL_SECONDS = 0.2
+FIGURE_SECONDS = 15.0
+NOTEBOOK_SECONDS = 10.0  # for a notebook process that was asked to end
+State = Literal["waiting", "running", "done", "failed", "stopped"]
+
+
+@dataclass
+class RunStatus:
+    """One run of a job while it is worked on, and how it ended."""
+
+    planned: PlannedRun
+    state: State = "waiting"
+    stage: str = ""
+    since: float = 0.0  # when the stage began, by the clock of the wall
+    executed: list[str] = field(default_factory=list)
+    finished: set[str] = field(default_factory=set)
+    message: str = ""
+    log: Path | None = None
+
+
+@dataclass
+class Figure:
+    """One plotting notebook of a job and how it ended."""
+
+    name: str
+    state: Literal["waiting", "running", "done", "failed", "current", "skipped"] = "waiting"
+    message: str = ""
+    log: Path | None = None
+    outputs: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A moment of a job: share done of all work, expected seconds left, seconds so far, and one text a busy run."""
+
+    fraction: float
+    seconds_left: float
+    seconds: float
+    busy: tuple[str, ...]
+
+
+@dataclass
+class Report:
+    """How a job ended."""
+
+    plan: Plan
+    runs: list[RunStatus]
+    figures: list[Figure]
+    seconds: float = 0.0
+    interrupted: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def nothing_done(self) -> bool:
+        """Whether everything was finished before."""
+        return not any(r.executed or r.state == "failed" for r in self.runs) and all(
+            figure.state == "current" for figure in self.figures
+        )
+
+    @property
+    def failures(self) -> list[RunStatus | Figure]:
+        """Runs and figures that failed."""
+        failed: list[RunStatus | Figure] = [status for status in self.runs if status.state == "failed"]
+        return failed + [figure for figure in self.figures if figure.state == "failed"]
+
+
+def run(
+    plan: Plan,
+    on_progress: Callable[[Progress], None] | None = None,
+    *,
+    redraw: bool = False,
+    interrupts: Interrupts | None = None,
+) -> Report:
+    """Do what a plan asks for and is not done yet; then collect the results and execute the plotting notebooks.
+
+    ``redraw`` leaves the runs as they are and executes every plotting notebook, also those whose pictures are current.
+    ``on_progress`` is called several times a second. The first of ``interrupts`` (default: one's own) stops what is
+    running: trainers save a checkpoint, all files are kept, and the report says so; a second one kills the trainers.
+    Raises :class:`RunError` where the runs folder cannot be written; failures of runs are in the report.
+    """
+    with contextlib.ExitStack() as stack:
+        if interrupts is None:
+            interrupts = stack.enter_context(Interrupts())
+        job = _Job(plan, on_progress or (lambda progress: None), interrupts)
+        job.private = stack.enter_context(private_folder())
+        try:
+            if not redraw:
+                job.execute_runs()
+            if not interrupts.count:
+                job.execute_figures(redraw)
+        finally:  # also where the progress cannot be shown any more
+            job.stop()
+        report = job.report()
+    if not report.nothing_done:
+        note_seconds(plan, report.seconds)
+    return report
+
+
+class _Job:
+    """The state of one call of :func:`run`: workers, their subprocesses, and the clock."""
+
+    private: Path  # folder for the sockets of kernels
+
+    def __init__(self, plan: Plan, on_progress: Callable[[Progress], None], interrupts: Interrupts) -> None:
+        self.plan = plan
+        self.on_progress = on_progress
+        self.interrupts = interrupts
+        self.started = time.monotonic()
+        self.stopping = False
+        self.notes: list[str] = []
+        self.threads: list[threading.Thread] = []
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.guard = threading.Lock()
+        note_variants(plan)  # first: a run folder whose variant was never noted would look like one made by hand
+        for planned in plan.runs:
+            create_run(plan.study, planned.variant, planned.config)
+        self.statuses = []
+        for planned in plan.runs:
+            finished = {stage for stage in plan.stages if planned.finished(stage)}
+            state: State = "done" if finished >= set(plan.stages) else "waiting"
+            self.statuses.append(RunStatus(planned, state, finished=finished))
+        self.figures = [Figure(name) for name in plan.figures]
+        gpus = visible_gpus() if uses_gpu(plan.runs[0].config) else []
+        self.slots: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+        count = max(planned.config.train.processes for planned in plan.runs)  # any worker may get the largest run
+        for slot in range(plan.workers):
+            self.slots.put([gpus[(slot * count + i) % len(gpus)] for i in range(count)] if gpus else [])
+        self.at_start = self._fraction()
+        self.planned_seconds = plan.remaining_seconds() + FIGURE_SECONDS * len(plan.figures)
+
+    def execute_runs(self) -> None:
+        """Work through all runs; returns when every one has ended, or when the job is to stop."""
+        waiting: queue.SimpleQueue[RunStatus] = queue.SimpleQueue()
+        for status in self._take_up([status for status in self.statuses if status.state != "done"]):
+            waiting.put(status)
+        for _ in range(min(self.plan.workers, waiting.qsize())):
+            self._start(self._work, waiting)
+        while any(thread.is_alive() for thread in self.threads) and not self.interrupts.count:
+            self._tell()
+            time.sleep(POLL_SECONDS)
+        if self.threads:
+            self._tell()
+
+    def _take_up(self, waiting: list[RunStatus]) -> list[RunStatus]:
+        """The runs in the order to work on them: first those whose trainer an earlier call has left running.
+
+        Trainers that are too many for the workers, and those of runs that are no longer part of the job, are stopped.
+        """
+        folder = self.plan.folder.resolve()
+        alive = {path for path in launcher.trainers() if path.parent == folder}
+        planned = {status.planned.path.resolve(): status.planned.run for status in self.statuses}
+        waiting = sorted(waiting, key=lambda status: status.planned.path.resolve() not in alive)
+        late = [status.planned.run for status in waiting[self.plan.workers :]]
+        unwanted = [run for run in late if run.path.resolve() in alive]
+        foreign = [run for run in list_runs(self.plan.study) if run.path.resolve() in alive - planned.keys()]
+        for run in foreign:
+            if launcher.is_of_a_job(run) and not run.is_locked("job"):
+                unwanted.append(run)
+                self.notes.append(f"The trainer of {run.name}, which is no longer part of this job, was stopped.")
+            else:
+                self.notes.append(f"{run.name} is being trained, and not by this job.")
+        self._end_trainers(*unwanted)
+        return waiting
+
+    def execute_figures(self, redraw: bool) -> None:
+        """Collect the results, then execute those plotting notebooks whose pictures do not show them yet, or all."""
+        study = self.plan.study
+        found = rows(study)
+        if not is_collected(study, found):
+            collect(study)
+        finished = any(status.state == "done" for status in self.statuses)
+        for figure in self.figures:
+            if self.interrupts.count:
+                return
+            record = read_figure_record(study, figure.name)
+            figure.outputs = [figures_root() / name for name in record.get("outputs", [])]
+            if not finished:
+                figure.state, figure.message = "skipped", "no run has finished"
+            elif not redraw and self._is_current(figure, record, digest(found)):
+                figure.state = "current"
+            else:
+                self._execute_figure(figure)
+
+    def stop(self) -> None:
+        """End all that is still in hand, in order; whatever it has written stays."""
+        with self.guard:
+            self.stopping = True  # from here on nothing is started
+        asked = time.monotonic()
+        for process in list(self.processes.values()):
+            process.terminate()
+        while any(thread.is_alive() for thread in self.threads):
+            if self._hurry() or time.monotonic() > asked + NOTEBOOK_SECONDS:
+                for process in list(self.processes.values()):
+                    process.kill()
+            with contextlib.suppress(Exception):  # where nobody sees it any more, the rest must end all the same
+                self._tell()
+            time.sleep(POLL_SECONDS)
+
+    def _hurry(self) -> bool:
+        """Whether somebody does not want to wait for a stop in order."""
+        return self.interrupts.count > 1
+
+    def report(self) -> Report:
+        """How it all ended."""
+        seconds = time.monotonic() - self.started
+        return Report(self.plan, self.statuses, self.figures, seconds, self.interrupts.count > 0, self.notes)
+
+    def _start(self, work: Callable[..., None], *arguments: Any) -> threading.Thread:
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+        return thread
+
+    def _work(self, waiting: queue.SimpleQueue[RunStatus]) -> None:
+        gpus = self.slots.get()
+        while not self.stopping:
+            try:
+                status = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                self._execute_run(status, gpus)
+            except Exception as error:  # a thread's exception would vanish, and with it the run
+                status.state, status.message = "failed", f"{type(error).__name__}: {error}"
+            if status.state != "done":
+                alive = launcher.is_running(status.planned.run)
+                self._end_trainers(status.planned.run)
+                if alive and status.state == "failed":
+                    status.message += "\nIts trainer was stopped; the next call goes on from its last checkpoint."
+
+    def _execute_run(self, status: RunStatus, gpus: list[str]) -> None:
+        planned = status.planned
+        for stage in self.plan.stages:
+            if stage in status.finished:
+                continue
+            status.state, status.stage, status.since = "running", stage, time.time()
+            status.log = stage_log(planned.run, stage)
+            before = planned.run.read_result(stage)
+            overrides = json.dumps(dict(planned.overrides))
+            code = self._spawn(status.log, planned, gpus, "stage", str(planned.path), stage, overrides)
+            status.executed.append(stage)
+            if self.stopping:
+                status.state = "stopped"
+                return
+            if code != 0 or not planned.finished(stage):
+                status.state, status.message = "failed", self._cause(status.log, code)
+                note_failure(planned.run, stage, before, status.message)
+                return
+            status.finished.add(stage)
+        status.state = "done"
+
+    def _end_trainers(self, *runs: Run) -> None:
+        """End the trainers of these runs, but for those that another job works on, and say which cannot be ended."""
+        mine = [run for run in runs if not run.is_locked("job")]
+        for pid in launcher.stop(*mine, hurry=self._hurry):
+            self.notes.append(f"Process {pid} cannot be killed; it still trains a run of this study.")
+
+    def _execute_figure(self, figure: Figure) -> None:
+        figure.state = "running"
+        figure.log = self.plan.folder / "notebooks" / f"{figure.name}.log"
+        done: list[int] = []
+        log, first = figure.log, self.plan.runs[0]
+        worker = self._start(lambda: done.append(self._spawn(log, first, [], "figure", self.plan.study, figure.name)))
+        while worker.is_alive() and not self.interrupts.count:
+            self._tell()
+            worker.join(POLL_SECONDS)
+        if self.interrupts.count:
+            figure.state = "waiting"
+            return
+        record = read_figure_record(self.plan.study, figure.name)
+        figure.outputs = [figures_root() / name for name in record.get("outputs", [])]
+        if done == [0]:
+            figure.state = "done"
+        else:
+            figure.state, figure.message = "failed", self._cause(log, done[0] if done else 1)
+        self._tell()
+
+    def _spawn(self, log: Path, planned: PlannedRun, gpus: list[str], kind: str, *arguments: str) -> int:
+        """Start one notebook process and wait for it; returns its exit status."""
+        report = error_path(log)
+        private = Path(tempfile.mkdtemp(prefix="", dir=self.private))
+        command = [
+            sys.executable,
+            "-m",
+            "golfbook.study.pool",
+            kind,
+            str(os.getpid()),
+            str(report),
+            str(private),
+            *arguments,
+        ]
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            report.unlink(missing_ok=True)
+            with log.open("ab") as stream, self.guard:
+                if self.stopping:
+                    return 1
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(planned, gpus),
+                    cwd=project_root(),
+                    start_new_session=True,  # Ctrl-C reaches this process alone, which stops the others in order
+                )
+                self.processes[process.pid] = process
+        except OSError as error:
+            raise RunError(
+                f"cannot write {log}: {error.strerror or error}; check free space and permissions"
+            ) from error
+        try:
+            return process.wait()
+        finally:
+            with self.guard:
+                del self.processes[process.pid]
+            end_kernels(private)
+
+    def _cause(self, log: Path, code: int) -> str:
+        try:
+            return error_path(log).read_text(encoding="utf-8")
+        except OSError:
+            return describe_exit(code) + log_tail(log)
+
+    def _is_current(self, figure: Figure, record: dict[str, Any], results: str) -> bool:
+        executed = self.plan.folder / "notebooks" / f"{figure.name}.ipynb"
+        return (
+            record.get("results_sha256") == results
+            and record.get("code_sha256") == environment()["code_sha256"]
+            and record.get("notebook_sha256") == sha256_file(notebook_path(figure.name))
+            and executed.is_file()
+            and all(path.is_file() for path in figure.outputs)
+        )
+
+    def _fraction(self) -> float:
+        """Share of all expected seconds of the job that is done."""
+        total = FIGURE_SECONDS * len(self.figures)
+        done = FIGURE_SECONDS * sum(f.state not in ("waiting", "running") for f in self.figures)
+        for status in self.statuses:
+            for stage in self.plan.stages:
+                cost = status.planned.estimate.seconds[stage]
+                total += cost
+                if status.state == "failed" or stage in status.finished:
+                    done += cost
+                elif stage == "training":  # also what an earlier call left of it
+                    done += cost * launcher.trained_steps(status.planned.run) / status.planned.config.train.steps
+        return min(1.0, done / total)
+
+    def _tell(self) -> None:
+        fraction, seconds = self._fraction(), time.monotonic() - self.started
+        gained = fraction - self.at_start
+        left = max(0.0, self.planned_seconds - seconds)
+        if gained > 0:  # trust the plan at first, then more and more what is seen
+            trust = min(1.0, 3 * gained / (1 - self.at_start))
+            left = (1 - trust) * left + trust * seconds * (1 - fraction) / gained
+        busy = ["stopping in order; Ctrl-C again stops at once"] if self.stopping else []
+        for status in self.statuses:
+            if status.state == "running":
+                busy.append(f"{status.planned.name} {_doing(status)}")
+        busy += [f"figure {figure.name}" for figure in self.figures if figure.state == "running"]
+        self.on_progress(Progress(fraction, left, seconds, tuple(busy)))
+
+
+def _environment(planned: PlannedRun, gpus: list[str]) -> dict[str, str]:
+    """Environment of a notebook process: the same folders whatever its working folder is, and the planned threads."""
+    threads = str(planned.config.train.threads)
+    extra = {
+        **folders(),
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        launcher.JOB_VARIABLE: "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",  # of the logs, whatever the terminal of this process can show
+    }
+    if gpus:
+        extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: planned.config.train.processes])
+    return {**os.environ, **extra}
+
+
+def _doing(status: RunStatus) -> str:
+    """The stage of a running run, with the steps it has trained, and what else is being done in it."""
+    words, what = status.stage, activity.now(status.planned.path, status.since)
+    if status.stage == "training":
+        steps = launcher.trained_steps(status.planned.run)
+        if steps or what == "training":
+            words += f" {steps}/{status.planned.config.train.steps}"
+    return words if what in ("", "training") else f"{words}: {what}"
+
+
+if __name__ == "__main__":
+    child_main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Training: optimisers, schedules, averaging, the loop, its checkpoints and its process."""
