@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from golfbook.analysis import comparisons, components, probes
 from golfbook.compress import container as artifact
 from golfbook.compress import rowwise
 from golfbook.config.load import load_config, preset_names, read_yaml
@@ -25,10 +26,10 @@ from golfbook.errors import ConfigError
 from golfbook.model.gpt import BOS_ID, GPT, exported, exported_state, initialise, parameter_table
 from golfbook.model.refiners import TTTLinear
 from golfbook.model.ttt_scan import GROUP, _Scan, ttt_scan
-from golfbook.panels import architecture as parts
+from golfbook.panels import architecture as architecture_panels
 from golfbook.panels.base import Switch
 from golfbook.plots import architecture as architecture_plots
-from golfbook.plots import style as figures
+from golfbook.plots import style
 from golfbook.train.muon import make_optimizers
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
@@ -337,7 +338,7 @@ def test_recorded_attention_is_the_attention_that_was_computed():
     model, tokens = open_model(config), documents(16, rows=1, length=12)[0]
     seen = []
     handle = model.blocks[2].attn.proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    looks = parts.look_inside(model, tokens)
+    looks = probes.look_inside(model, tokens)
     handle.remove()
     assert len(looks) == 3 and len(seen) == 1
     for look in looks:
@@ -365,7 +366,7 @@ def test_recorded_attention_is_the_attention_that_was_computed():
     np.testing.assert_allclose(looks[1].after, 0, atol=1e-5)  # exclusive: nothing along the own value is left
     assert np.abs(looks[1].before).max() > 0.1
     np.testing.assert_array_equal(looks[0].after, looks[0].before)
-    table = parts.value_embedding_sizes(model, tokens)
+    table = probes.value_embedding_sizes(model, tokens)
     assert table["layer"].tolist() == [2] and (table.to_numpy() > 0).all()
 
 
@@ -379,7 +380,7 @@ def test_row_uses_count_what_a_dictionary_counts():
     for a, b in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True):
         uses = rows.setdefault(((36313 * b) ^ (27191 * a)) % 5, {})
         uses[a, b] = uses.get((a, b), 0) + 1
-    different, share = parts.row_uses(model, tokens)
+    different, share = probes.row_uses(model, tokens)
     assert different.tolist() == [len(rows.get(r, ())) for r in range(5)]
     assert share == pytest.approx([max(rows[r].values()) / sum(rows[r].values()) for r in range(5)])
 
@@ -387,7 +388,7 @@ def test_row_uses_count_what_a_dictionary_counts():
 def test_gate_values_are_in_use():
     config = load_config("pr1170_nfm", scale="tiny", overrides={"model.ttt_linear.enabled": True}).model
     model = initialise(GPT(config), 1)
-    found = parts.gate_values(model)
+    found = probes.gate_values(model)
     assert found["smear gate"] == pytest.approx(0.5)
     assert found["gate of TTT-Linear"] == found["gate of NativeFlow"] == pytest.approx(0.0066929, abs=1e-6)
     assert len(found["residual mix: stream"]) == 11 * 64 and "gate of FlowRefiner" not in found
@@ -395,9 +396,9 @@ def test_gate_values_are_in_use():
 
 @pytest.mark.parametrize("preset", ["pr1166_e2e_ttt_flow", "pr1232_flow", "pr1406"])
 def test_panel_starts_at_the_preset_and_each_control_changes_the_model(preset):
-    panel = parts.build(preset)
-    assert parts.assemble(preset, panel.state) == load_config(preset)
-    before = parts.summary(load_config(preset))
+    panel = architecture_panels.build(preset)
+    assert architecture_panels.assemble(preset, panel.state) == load_config(preset)
+    before = components.summary(load_config(preset))
     assert before["totals"]["parameters"] == sum(before["parameters"].values())
     changes = {
         "layers": 7, "width": 384, "mlp": 2.0, "bigram_rows": 0, "tied": False, "bits": 4,
@@ -406,8 +407,8 @@ def test_panel_starts_at_the_preset_and_each_control_changes_the_model(preset):
     }  # fmt: skip
     assert set(changes) == set(panel.controls)
     for name, value in changes.items():
-        config = parts.assemble(preset, {**panel.state, name: value})
-        after = parts.summary(config)["totals"]
+        config = architecture_panels.assemble(preset, {**panel.state, name: value})
+        after = components.summary(config)["totals"]
         assert any(after[k] != before["totals"][k] for k in after), name
         if name == "bits":
             assert after["artifact, bytes (estimate)"] < before["totals"]["artifact, bytes (estimate)"]
@@ -418,13 +419,13 @@ def test_panel_starts_at_the_preset_and_each_control_changes_the_model(preset):
 
 
 def test_published_parameters_appear_in_the_panel():
-    totals = parts.summary(load_config("pr1166_e2e_ttt_flow"))
+    totals = components.summary(load_config("pr1166_e2e_ttt_flow"))
     assert totals["totals"]["parameters"] == 25_749_398
     assert totals["parameters"]["TTT-Linear"] == 1_083_905 and totals["parameters"]["FlowRefiner"] == 98_625
 
 
 def test_component_costs_have_the_published_sizes():
-    table = parts.component_costs().set_index("component")
+    table = components.component_costs().set_index("component")
     assert table.loc["TTT-Linear", "parameters"] == 1_083_905
     assert table.loc["NativeFlowMatcher", "parameters"] == 393_729
     assert table.loc["recurrence of two blocks", "parameters"] == 0
@@ -442,20 +443,20 @@ def test_reference_results_are_those_of_the_job():
     for variant, changes in job["variants"].items():
         config = load_config(job["preset"], scale=job["scale"], overrides={**job["overrides"], **changes})
         assert set(table.loc[table["variant"] == variant, "parameters"]) == {parameter_table(config.model)["total"]}
-    effects = parts.switch_effects(table).set_index("variant")
+    effects = comparisons.switch_effects(table).set_index("variant")
     assert len(effects) == len(job["variants"]) - 1 and set(effects["n"]) == {len(job["seeds"])}
     wide = table.pivot(index="seed", columns="variant", values="val_bpb")
     assert effects.loc["no_xsa", "mean"] == pytest.approx((wide["no_xsa"] - wide["base"]).mean())
 
 
 def test_step_errors_are_small_and_reported():
-    table = parts.step_errors(pd.read_csv(PROJECT / "runs" / "published" / "runs.csv"))
+    table = components.step_errors(pd.read_csv(PROJECT / "runs" / "published" / "runs.csv"))
     shares = table[["products_share", "traffic_share", "launches_share"]].sum(axis=1)
     assert shares.to_numpy() == pytest.approx((1 + table["error"]).to_numpy())
     assert table["error"].abs().max() < 0.15
 
 
-def texts(figure: figures.Picture) -> str:
+def texts(figure: style.Picture) -> str:
     return " ".join(t.get_text() for axes in figure.axes for t in axes.texts)
 
 
@@ -471,7 +472,7 @@ def test_the_diagram_has_every_block_refiner_and_skip(preset):
         assert (f"+ {name}" in shown) == on.enabled
     skips = [p for p in picture.axes[0].patches if matplotlib.colors.to_hex(p.get_edgecolor()) == "#cc79a7"]
     assert len(skips) == model.num_layers // 2
-    assert figures.png(picture)[:4] == b"\x89PNG"
+    assert style.png(picture)[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(
@@ -505,6 +506,6 @@ def test_pictures_are_pure():
     ]
     before = weights.copy(), table.copy()
     for draw in draws:
-        assert figures.png(draw()) == figures.png(draw())
+        assert style.png(draw()) == style.png(draw())
     np.testing.assert_array_equal(weights, before[0])
     pd.testing.assert_frame_equal(table, before[1])

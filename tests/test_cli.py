@@ -25,7 +25,7 @@ from golfbook.config.load import load_config
 from golfbook.errors import RunError
 from golfbook.run import Run, create_run, skipped_runs
 from golfbook.study import results
-from golfbook.study.pool import Progress
+from golfbook.study.progress import Progress
 
 DATA = Path(__file__).parent / "data"
 COMMANDS = ("run", "status", "collect", "presets", "score", "lab")

@@ -18,8 +18,9 @@ from golfbook.analysis import statistics
 from golfbook.config.schema import TrainConfig
 from golfbook.errors import GolfbookError, RunError
 from golfbook.evaluate import scoring
+from golfbook.plots import schedules, style
+from golfbook.plots import seeds as seed_plots
 from golfbook.plots import size as size_plots
-from golfbook.plots import style as figures
 from golfbook.plots import text as text_plots
 from golfbook.train.schedules import schedule_table
 
@@ -56,7 +57,7 @@ def schedule_config(**changes: Any) -> TrainConfig:
     return TrainConfig(**{**settings, **changes})
 
 
-def examples() -> dict[str, figures.Picture]:
+def examples() -> dict[str, style.Picture]:
     """One example of every kind of figure."""
     rng = np.random.default_rng(0)
     weights = rng.normal(0, 0.05, (8, 64))
@@ -70,13 +71,13 @@ def examples() -> dict[str, figures.Picture]:
         {"stride": [32, 16], "val_bpb": [2.2, 2.1], "tokens_computed": [100, 190], "tokens": [100, 100]}
     )
     return {
-        "training_curve": figures.training_curve(METRICS, steps=40, unigram_bpb=3.5),
-        "training_curve of nothing": figures.training_curve([], steps=40),
-        "schedule": figures.schedule(schedule_config()),
-        "schedule with everything": figures.schedule(schedule_config(**EVERYTHING), 0.5),
-        "schedule of one step of AdamW": figures.schedule(schedule_config(steps=1, matrix_optimizer="adamw")),
-        "seeds": figures.seeds(SEEDS, unigram_bpb=3.5),
-        "seeds_needed": figures.seeds_needed(0.002, 0.001),
+        "training_curve": schedules.training_curve(METRICS, steps=40, unigram_bpb=3.5),
+        "training_curve of nothing": schedules.training_curve([], steps=40),
+        "schedule": schedules.schedule(schedule_config()),
+        "schedule with everything": schedules.schedule(schedule_config(**EVERYTHING), 0.5),
+        "schedule of one step of AdamW": schedules.schedule(schedule_config(steps=1, matrix_optimizer="adamw")),
+        "seeds": seed_plots.seeds(SEEDS, unigram_bpb=3.5),
+        "seeds_needed": seed_plots.seeds_needed(0.002, 0.001),
         "bytes_per_token": text_plots.bytes_per_token([0, 1, 1, 3]),
         "top_pieces": text_plots.top_pieces(["a", "$b$", "\U0001f600"], [3, 2, 1], [3, 4, 4]),
         "tokens": text_plots.tokens(["\u2581the", "$x$", "\U0001f600"], [4, 3, 4]),
@@ -106,15 +107,15 @@ def examples() -> dict[str, figures.Picture]:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> dict[str, figures.Picture]:
+def pictures() -> dict[str, style.Picture]:
     return examples()
 
 
 def test_every_figure_is_labelled_and_draws_without_warning(
-    pictures: dict[str, figures.Picture], recwarn: pytest.WarningsRecorder
+    pictures: dict[str, style.Picture], recwarn: pytest.WarningsRecorder
 ) -> None:
     for name, figure in pictures.items():
-        with Image.open(io.BytesIO(figures.png(figure))) as image:
+        with Image.open(io.BytesIO(style.png(figure))) as image:
             width, height = image.size
             assert 500 <= width <= 1100, name
             assert 100 < height < 1000, name
@@ -135,12 +136,12 @@ def test_figures_leave_pyplot_and_settings_alone() -> None:
 
 
 def test_foreign_settings_do_not_change_a_figure() -> None:
-    plain = figures.png(size_plots.budget({"code": 10, "artifact": 20}))
+    plain = style.png(size_plots.budget({"code": 10, "artifact": 20}))
     with matplotlib.rc_context({"font.size": 22, "axes.grid": False, "axes.facecolor": "red"}):
-        assert figures.png(size_plots.budget({"code": 10, "artifact": 20})) == plain
+        assert style.png(size_plots.budget({"code": 10, "artifact": 20})) == plain
 
 
-def test_notebooks_show_a_figure_as_one_png(pictures: dict[str, figures.Picture]) -> None:
+def test_notebooks_show_a_figure_as_one_png(pictures: dict[str, style.Picture]) -> None:
     assert pictures["budget"]._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -148,7 +149,7 @@ def test_saved_files_are_equal_for_equal_data(tmp_path, monkeypatch: pytest.Monk
     written = []
     for folder in ("one", "two"):
         monkeypatch.setenv("GOLFBOOK_FIGURES", str(tmp_path / folder))
-        paths = figures.save(figures.seeds(SEEDS), "study_seeds", SEEDS)
+        paths = style.save(seed_plots.seeds(SEEDS), "study_seeds", SEEDS)
         assert [p.name for p in paths] == ["study_seeds.png", "study_seeds.svg", "study_seeds.csv"]
         written.append([p.read_bytes() for p in paths])
         assert sorted(p.name for p in (tmp_path / folder).iterdir()) == sorted(p.name for p in paths)
@@ -159,15 +160,15 @@ def test_saved_files_are_equal_for_equal_data(tmp_path, monkeypatch: pytest.Monk
 
 def test_save_names_what_is_wrong(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GolfbookError, match="plain file name"):
-        figures.save(figures.seeds(SEEDS), "../escape")
+        style.save(seed_plots.seeds(SEEDS), "../escape")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GOLFBOOK_FIGURES", str(tmp_path / "file"))
     with pytest.raises(RunError, match="cannot write"):
-        figures.save(figures.seeds(SEEDS), "seeds")
+        style.save(seed_plots.seeds(SEEDS), "seeds")
 
 
 def test_training_curve_shows_the_points() -> None:
-    loss, scale, score = figures.training_curve(METRICS, steps=40, unigram_bpb=3.5).axes
+    loss, scale, score = schedules.training_curve(METRICS, steps=40, unigram_bpb=3.5).axes
     assert loss.lines[0].get_xydata().tolist() == [[10, 6.5], [20, 5.5]]
     assert score.lines[0].get_xydata().tolist() == [[0, 4.2], [20, 3.1]]
     assert score.lines[1].get_ydata()[0] == 3.5
@@ -175,7 +176,7 @@ def test_training_curve_shows_the_points() -> None:
 
 
 def test_seeds_shows_every_seed_mean_and_interval() -> None:
-    (axes,) = figures.seeds(SEEDS).axes
+    (axes,) = seed_plots.seeds(SEEDS).axes
     dots = np.concatenate(
         [c.get_offsets()[:, 1] for c in axes.collections if len(c.get_offsets()) and c.get_array() is None]
     )
@@ -187,12 +188,12 @@ def test_seeds_shows_every_seed_mean_and_interval() -> None:
     low, high = sorted(bars[0][2][0].get_segments()[0][:, 1])
     assert bars[0][0].get_ydata()[0] == pytest.approx(summary.mean)
     assert (low, high) == pytest.approx((summary.low, summary.high))
-    joined = [line for line in axes.lines if line.get_color() == figures.LIGHT and len(line.get_xdata()) == 2]
+    joined = [line for line in axes.lines if line.get_color() == style.LIGHT and len(line.get_xdata()) == 2]
     assert len(joined) == 2  # seeds 1 and 2 are in both variants, seed 3 is not
 
 
 def test_seeds_claims_no_interval_for_one_seed() -> None:
-    (axes,) = figures.seeds(SEEDS[SEEDS["seed"] == 1]).axes
+    (axes,) = seed_plots.seeds(SEEDS[SEEDS["seed"] == 1]).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert any("no interval" in label for label in labels)
     assert all(container.lines[2] == () for container in axes.containers)
@@ -200,12 +201,12 @@ def test_seeds_claims_no_interval_for_one_seed() -> None:
 
 def test_unigram_entropy_is_a_line_or_said_to_be_off_the_scale() -> None:
     for value, expected in ((2.15, "unigram entropy 2.150"), (3.5, "unigram entropy 3.500: off the scale")):
-        (axes,) = figures.seeds(SEEDS, unigram_bpb=value).axes
+        (axes,) = seed_plots.seeds(SEEDS, unigram_bpb=value).axes
         assert expected in [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 def test_schedule_follows_the_formulas() -> None:
-    rate, momentum, average = figures.schedule(schedule_config()).axes
+    rate, momentum, average = schedules.schedule(schedule_config()).axes
     assert rate.lines[0].get_ydata() == pytest.approx([1] * 7 + [0.75, 0.5, 0.25])
     assert momentum.lines[0].get_ydata() == pytest.approx([0.8, 0.82, 0.84, 0.86, 0.88] + [0.9] * 5)
     shares = average.lines[0].get_ydata()
@@ -218,7 +219,7 @@ def test_schedule_shows_everything_that_a_config_can_say() -> None:
     """Clock of 5 s at half a second a step: ten steps, and every mark where the table of the schedule has it."""
     config = schedule_config(**EVERYTHING)
     table = schedule_table(config, 0.5)
-    rate, _, average = figures.schedule(config, 0.5).axes
+    rate, _, average = schedules.schedule(config, 0.5).axes
     assert rate.lines[0].get_ydata() == pytest.approx(table["lr_scale"])
     snapshots = next(line for line in rate.lines if "snapshots" in str(line.get_label()))
     assert list(snapshots.get_xdata()) == list(table["step"][table["snapshot"]])
@@ -231,12 +232,12 @@ def test_schedule_shows_everything_that_a_config_can_say() -> None:
     assert average.lines[0].get_ydata() == pytest.approx([1 / table["snapshot"].sum()] * table["snapshot"].sum())
     (clock,) = rate.child_axes
     assert clock.get_xlabel() == "training time (s)"
-    slow = figures.schedule(config, 1.0)
+    slow = schedules.schedule(config, 1.0)
     assert "5 of 10 steps" in slow.get_suptitle() and len(slow.axes[0].lines[0].get_xdata()) == 5
 
 
 def test_schedule_says_what_never_happens() -> None:
-    rate, momentum, average = figures.schedule(
+    rate, momentum, average = schedules.schedule(
         schedule_config(warmdown_steps=0, averaging="swa", qat_start=0.5, matrix_optimizer="adamw")
     ).axes
     assert legend(rate) == ["learning-rate scale", "SWA: no snapshot is taken", "fake quantisation never starts"]
@@ -245,11 +246,11 @@ def test_schedule_says_what_never_happens() -> None:
 
 
 def test_gif_has_all_frames_and_their_times() -> None:
-    def frames() -> list[figures.Picture]:
+    def frames() -> list[style.Picture]:
         return [size_plots.budget({"code": n * 1_000_000}) for n in (1, 4, 9)]
 
-    data = figures.gif(frames(), [100, 200, 300])
-    assert data == figures.gif(frames(), [100, 200, 300])
+    data = style.gif(frames(), [100, 200, 300])
+    assert data == style.gif(frames(), [100, 200, 300])
     with Image.open(io.BytesIO(data)) as image:
         assert image.format == "GIF" and image.n_frames == 3
         times = []
@@ -310,12 +311,12 @@ def test_grid_counts_levels_and_clipped_weights() -> None:
 
 
 def test_seeds_needed_agrees_with_simulated_studies() -> None:
-    (axes,) = figures.seeds_needed(0.002, 0.001).axes
+    (axes,) = seed_plots.seeds_needed(0.002, 0.001).axes
     n, chance = axes.lines[0].get_data()
     draws = np.random.default_rng(0).normal(0.002, 0.001, (4000, 5))
     shown = [d.low > 0 or d.high < 0 for d in map(statistics.describe, draws)]
     assert chance[list(n).index(5)] == pytest.approx(np.mean(shown), abs=0.03)
     needed = int(n[np.argmax(chance >= 0.8)])
     assert f"needs {needed} seeds" in axes.get_title(loc="left")
-    assert np.isfinite(figures.seeds_needed(0.05, 0.0001).axes[0].lines[0].get_ydata()).all()
-    assert "more than 24" in figures.seeds_needed(0.0001, 0.001).axes[0].get_title(loc="left")
+    assert np.isfinite(seed_plots.seeds_needed(0.05, 0.0001).axes[0].lines[0].get_ydata()).all()
+    assert "more than 24" in seed_plots.seeds_needed(0.0001, 0.001).axes[0].get_title(loc="left")

@@ -15,7 +15,7 @@ PACKAGE = Path(golfbook.__file__).parent
 # A room imports only from rooms above it in this list and from itself.
 ROOMS = [
     *("errors", "files", "activity", "machine", "config", "run", "compute", "data", "model", "published", "evaluate"),
-    *("compress", "train", "plain", "study", "analysis", "plots", "panels", "terminal", "reports", "cli"),
+    *("compress", "train", "plain", "study", "analysis", "plots", "panels", "exercises", "terminal", "reports", "cli"),
 ]
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)

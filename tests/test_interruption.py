@@ -12,8 +12,10 @@ import psutil
 import pytest
 
 from fixture_project import Project, kill, trainers, wait_for
+from golfbook.study import plan as planning
 from golfbook.study import pool
 from golfbook.study.interrupts import Interrupts
+from golfbook.study.progress import Progress
 
 
 @pytest.fixture
@@ -132,12 +134,12 @@ def test_a_progress_that_cannot_be_shown_ends_the_trainers_too(
         monkeypatch.setenv(name, value)
     project.fault("trainer")
 
-    def closed(_: pool.Progress) -> None:
+    def closed(_: Progress) -> None:
         if trainers(project.runs):
             raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        pool.run(pool.plan(project.job), closed)
+        pool.run(planning.plan(project.job), closed)
     assert not trainers(project.runs)
 
 

@@ -25,9 +25,11 @@ from golfbook.errors import RunError
 from golfbook.files import sha256_file
 from golfbook.run import STAGES, create_run
 from golfbook.study import notebook as notebook_process
-from golfbook.study import pool, results, writes
+from golfbook.study import plan as planning
+from golfbook.study import pool, progress, results, writes
 from golfbook.study.interrupts import Interrupts
 from golfbook.study.plan import PlannedRun
+from golfbook.study.progress import RunStatus
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +217,7 @@ def test_a_slow_disk_has_time_to_start_a_kernel(project: Project, monkeypatch: p
 def test_trainers_of_an_earlier_call_come_first_and_are_never_too_many(project: Project) -> None:
     """Of a job with one worker, two runs are being trained; and one of no job any more, and one by hand."""
     training_only(project, seeds=[1, 2, 3])
-    made = dataclasses.replace(pool.plan(project.job), workers=1)
+    made = dataclasses.replace(planning.plan(project.job), workers=1)
     job = pool._Job(made, print, Interrupts())
     config = load_config("quickstart", seed=9)
     former, by_hand = (create_run("small", name, config) for name in ("former", "by_hand"))
@@ -234,7 +236,7 @@ def test_trainers_of_an_earlier_call_come_first_and_are_never_too_many(project: 
 
 
 def test_redraw_executes_no_run(project: Project) -> None:
-    report = pool.run(pool.plan(project.job), redraw=True)
+    report = pool.run(planning.plan(project.job), redraw=True)
     assert [status.executed for status in report.runs] == [[], []] and project.results() == {}
     assert [(figure.state, figure.message) for figure in report.figures] == [("skipped", "no run has finished")]
 
@@ -249,7 +251,7 @@ def test_failures_do_not_stop_the_others_and_are_tried_again(project: Project) -
         project.fault("data", "data-s1"),
         project.fault("plot", "plot-s1"),
     ]
-    report = pool.run(pool.plan(project.job))
+    report = pool.run(planning.plan(project.job))
     states = {status.planned.variant: status for status in report.runs}
     assert {name: status.state for name, status in states.items()} == {
         "killed": "failed", "broken": "failed", "data": "failed", "plot": "failed", "good": "done"
@@ -277,7 +279,7 @@ def test_failures_do_not_stop_the_others_and_are_tried_again(project: Project) -
 
     for path in faults:
         path.unlink()
-    again = pool.run(pool.plan(project.job))
+    again = pool.run(planning.plan(project.job))
     assert all(status.state == "done" for status in again.runs) and not again.failures
     assert {status.planned.variant for status in again.runs if status.executed} == {"killed", "broken", "data", "plot"}
     assert not list(project.runs.rglob("*.partial.ipynb"))
@@ -309,7 +311,7 @@ def test_full_disk_while_a_job_is_prepared(project: Project, monkeypatch: pytest
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    made = pool.plan(training_only(project).job)
+    made = planning.plan(training_only(project).job)
     monkeypatch.setattr("golfbook.files.tempfile.mkstemp", full)
     with pytest.raises(RunError, match=r"cannot write .*job\.json: No space left on device; check free space"):
         pool.run(made)
@@ -335,7 +337,7 @@ def test_a_notebook_that_leaves_no_result_has_failed(project: Project) -> None:
     book = nbformat.read(project.root / "notebooks/03_training.ipynb", as_version=4)
     book.cells = book.cells[:1]
     nbformat.write(book, project.root / "notebooks/03_training.ipynb")
-    [status] = pool.run(pool.plan(project.job)).runs
+    [status] = pool.run(planning.plan(project.job)).runs
     assert status.state == "failed" and "result.training.json does not say 'ok'" in status.message
 
 
@@ -351,7 +353,7 @@ def test_each_worker_has_gpus_of_its_own(project: Project, monkeypatch: pytest.M
     for module in ("jobs", "plan", "estimates"):
         monkeypatch.setattr(f"golfbook.{module}.visible_gpus", lambda: ["0", "3", "5", "7"])
     overrides = {"train.processes": 2}
-    made = pool.plan(training_only(project, seeds=[1, 2, 3, 4], overrides=overrides).job)
+    made = planning.plan(training_only(project, seeds=[1, 2, 3, 4], overrides=overrides).job)
     assert made.workers == 2
     started: list[tuple[str, str]] = []
     both = threading.Barrier(2)
@@ -372,7 +374,7 @@ def test_slots_and_workers_fit_the_largest_run(project: Project, monkeypatch: py
     for module in ("jobs", "plan", "estimates"):
         monkeypatch.setattr(f"golfbook.{module}.visible_gpus", lambda: ["0", "3", "5", "7"])
     variants = {"one": {}, "two": {"train.processes": 2}}
-    made = pool.plan(training_only(project, variants=variants, seeds=[1, 2]).job)
+    made = planning.plan(training_only(project, variants=variants, seeds=[1, 2]).job)
     assert made.workers == 2
     started: list[tuple[str, str, str]] = []
     both = threading.Barrier(2)
@@ -392,9 +394,9 @@ def test_slots_and_workers_fit_the_largest_run(project: Project, monkeypatch: py
 
 
 def test_a_busy_run_says_what_it_does(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = pool.plan(project.job).runs[0]
+    planned = planning.plan(project.job).runs[0]
     run = create_run("small", planned.variant, planned.config)
-    status = pool.RunStatus(planned, "running", "training", since=1000.0)
+    status = RunStatus(planned, "running", "training", since=1000.0)
     steps = planned.config.train.steps
     activity.record_in(run.path)
     try:
@@ -403,7 +405,7 @@ def test_a_busy_run_says_what_it_does(project: Project, monkeypatch: pytest.Monk
             if step:
                 run.append_metrics({"kind": "train", "step": step, "loss": 1.0})
             activity.doing(what)
-            found.append(pool._doing(status))
+            found.append(progress.doing(status))
     finally:
         activity.record_in(None)
     assert found == [
@@ -413,7 +415,7 @@ def test_a_busy_run_says_what_it_does(project: Project, monkeypatch: pytest.Monk
         f"training 20/{steps}: validating",
     ]
     status.since = time.time() + 60
-    assert pool._doing(status) == f"training 20/{steps}", "nothing noted since this stage began"
+    assert progress.doing(status) == f"training 20/{steps}", "nothing noted since this stage began"
 
 
 def test_a_notebook_gets_all_folders_absolute(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,7 +426,7 @@ def test_a_notebook_gets_all_folders_absolute(project: Project, monkeypatch: pyt
     for name, value in (("ROOT", ".."), ("RUNS", "r"), ("CACHE", "c"), ("FIGURES", "f")):
         monkeypatch.setenv(f"GOLFBOOK_{name}", value)
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # of this terminal; the logs are not it
-    environment = pool._environment(pool.plan(project.job).runs[0], [])
+    environment = pool._environment(planning.plan(project.job).runs[0], [])
     assert environment["PYTHONIOENCODING"] == "utf-8"
     assert {name: environment[f"GOLFBOOK_{name}"] for name in ("ROOT", "RUNS", "CACHE", "FIGURES")} == {
         "ROOT": str(project.root),
@@ -436,7 +438,7 @@ def test_a_notebook_gets_all_folders_absolute(project: Project, monkeypatch: pyt
 
 def finish_training(project: Project, job: Path | None = None) -> pd.DataFrame:
     """Write the training results of a job without running it; returns the collected table."""
-    made = pool.plan(job or project.job)
+    made = planning.plan(job or project.job)
     results.note_variants(made)
     for planned in made.runs:
         run = create_run(made.study, planned.variant, planned.config)
@@ -470,7 +472,7 @@ def test_renamed_and_removed_variants_leave_the_tables(
 
 def test_reference_tables_hold_settings_scores_and_curves(project: Project) -> None:
     project.write_job(seeds=[1, 2], variants={"base": {}, "wide": {"model.xsa": [0, 1], "train.batch_tokens": 4096}})
-    made = pool.plan(project.job)
+    made = planning.plan(project.job)
     for index, planned in enumerate(made.runs):
         run = create_run(made.study, planned.variant, planned.config)
         if index == 3:
@@ -606,7 +608,7 @@ def test_collecting_twice_gives_the_same_files(finished: Project, monkeypatch: p
     monkeypatch.setenv("GOLFBOOK_RUNS", str(finished.runs))
     path = finished.runs / "small/results.parquet"
     before = path.read_bytes()
-    pool.collect("small")
+    results.collect("small")
     assert path.read_bytes() == before
 
 

@@ -14,13 +14,18 @@ import pandas as pd
 import pytest
 import torch
 
+from golfbook.compress import rowwise
 from golfbook.config.load import load_config
 from golfbook.data.tokenizer import Tokenizer, train_tokenizer
 from golfbook.errors import DataError
 from golfbook.model.gpt import GPT, initialise
 from golfbook.panels import base as panels
+from golfbook.panels import monitor, schedules
+from golfbook.panels import seeds as seed_panels
+from golfbook.panels import size as size_panels
+from golfbook.panels import text as text_panels
 from golfbook.plots import size as size_plots
-from golfbook.plots import style as figures
+from golfbook.plots import style
 from golfbook.run import Run
 
 SMALL = {
@@ -41,21 +46,21 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
     config = load_config("quickstart", overrides=SMALL)
     if kind == "tokens":
-        return panels.tokens(tokenizer, "the cat")
+        return text_panels.tokens(tokenizer, "the cat")
     if kind == "losses":
         torch.set_num_threads(1)
-        return panels.losses(initialise(GPT(config.model), 1), tokenizer, "the cat")
+        return text_panels.losses(initialise(GPT(config.model), 1), tokenizer, "the cat")
     if kind == "windows":
-        return panels.windows(1000, 64)
+        return text_panels.windows(1000, 64)
     if kind == "schedule":
-        return panels.schedule(config.train)
+        return schedules.schedule(config.train)
     if kind == "bits_and_clip":
         weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0)).pow(3) * 0.01  # long tails
-        return panels.bits_and_clip(weight, "matrix")
+        return size_panels.bits_and_clip(weight, "matrix")
     if kind == "seeds_needed":
-        return panels.seeds_needed(0.0312, 0.0063)
+        return seed_panels.seeds_needed(0.0312, 0.0063)
     rows = [(bits, 2.0**-bits, 100 * bits, 2 + 2.0**-bits) for bits in range(3, 9)]
-    return panels.bits_choice(pd.DataFrame(rows, columns=["bits", "error", "artifact_bytes", "val_bpb"]))
+    return size_panels.bits_choice(pd.DataFrame(rows, columns=["bits", "error", "artifact_bytes", "val_bpb"]))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,7 @@ def test_controls_report_only_when_let_go_and_the_image_keeps_its_size(tokenizer
 
 
 def test_an_error_becomes_a_message_and_the_picture_stays() -> None:
-    def draw(bits: int) -> figures.Picture:
+    def draw(bits: int) -> style.Picture:
         if bits == 2:
             raise DataError("no <b> here")
         return size_plots.budget({"code": bits})
@@ -128,7 +133,7 @@ def test_an_error_becomes_a_message_and_the_picture_stays() -> None:
 def test_a_state_is_drawn_once() -> None:
     drawn: list[int] = []
 
-    def draw(bits: int) -> figures.Picture:
+    def draw(bits: int) -> style.Picture:
         drawn.append(bits)
         return size_plots.budget({"code": bits})
 
@@ -176,14 +181,14 @@ def test_play_gives_a_gif_or_the_last_frame_alone(monkeypatch: pytest.MonkeyPatc
     drawn: list[int] = []
     monkeypatch.setattr(IPython.display, "display", lambda value, **_: shown.append(value))
 
-    def frame(code: int) -> figures.Picture:
+    def frame(code: int) -> style.Picture:
         drawn.append(code)
         return size_plots.budget({"code": code})
 
     frames = [functools.partial(frame, code) for code in (10, 1_000_000)]
     monkeypatch.setenv("GOLFBOOK_STATIC", "1")
     panels.play(frames, [100, 100])
-    assert drawn == [1_000_000] and shown[0].data == figures.png(frames[-1]())
+    assert drawn == [1_000_000] and shown[0].data == style.png(frames[-1]())
     monkeypatch.setenv("GOLFBOOK_STATIC", "0")
     panels.play(frames, [100, 100])
     assert shown[1].data[:6] == b"GIF89a" and shown[1].format == "gif"
@@ -191,12 +196,12 @@ def test_play_gives_a_gif_or_the_last_frame_alone(monkeypatch: pytest.MonkeyPatc
 
 def test_clip_quantize_follows_the_quantiser() -> None:
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(3))
-    q, scale = panels.clip_quantize(weight, 6, 0.99)
+    q, scale = rowwise.clip_quantize(weight, 6, 0.99)
     bound = weight.abs().quantile(0.99, dim=1)
     assert scale.float().numpy() == pytest.approx((bound / 31).numpy(), rel=1e-3)
     assert int(q.abs().max()) == 31
     assert (q.abs() == 31).float().mean() == pytest.approx(0.02, abs=0.01)
-    whole, _ = panels.clip_quantize(weight, 6, 1.0)
+    whole, _ = rowwise.clip_quantize(weight, 6, 1.0)
     assert ((whole.abs() == 31).sum(dim=1) >= 1).all()
 
 
@@ -223,17 +228,17 @@ def test_monitor_prints_lines_where_nobody_watches(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("GOLFBOOK_STATIC", "1")
-    monitor = panels.training_monitor(run, seconds=0.0)
-    monitor([])
-    monitor(points(5))
-    monitor(points(5))
-    monitor(points(10))
+    update = monitor.training_monitor(run, seconds=0.0)
+    update([])
+    update(points(5))
+    update(points(5))
+    update(points(10))
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "step 5/20, loss 5.500 nats/token, 1,234 tokens/s, validation 4.000 bits/byte at step 0",
         "step 10/20, loss 5.000 nats/token, 1,234 tokens/s, validation 4.000 bits/byte at step 0",
     ]
-    slow = panels.training_monitor(run, seconds=3600.0)
+    slow = monitor.training_monitor(run, seconds=3600.0)
     slow(points(5))
     slow(points(10))
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -241,24 +246,24 @@ def test_monitor_prints_lines_where_nobody_watches(
 
 def test_monitor_redraws_one_image_from_what_is_on_the_disk(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOLFBOOK_STATIC", "0")
-    monkeypatch.setattr(panels, "REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr(monitor, "REDRAW_SECONDS", 0.0)
     widgets: list[Any] = []
-    monkeypatch.setattr(panels, "_display_widget", lambda widget, static: widgets.append(widget))
-    monitor = panels.training_monitor(run, unigram_bpb=3.5)
+    monkeypatch.setattr(monitor, "display_widget", lambda widget, static: widgets.append(widget))
+    update = monitor.training_monitor(run, unigram_bpb=3.5)
     (image,) = widgets
     values = [image.value]
     for step in (5, 20):
         for point in points(step):
             run.append_metrics(point)
-        monitor(run.read_metrics())
+        update(run.read_metrics())
         values.append(image.value)
     assert len(set(values)) == 3
     assert len(widgets) == 1
-    assert values[-1] == figures.png(panels.attach(run, unigram_bpb=3.5))
+    assert values[-1] == style.png(monitor.attach(run, unigram_bpb=3.5))
 
 
 def test_attach_draws_what_the_run_left(run: Run) -> None:
     for point in points(7):
         run.append_metrics(point)
-    loss = panels.attach(run).axes[0].lines[0]
+    loss = monitor.attach(run).axes[0].lines[0]
     assert np.asarray(loss.get_xydata()).tolist() == [[7.0, pytest.approx(5.3)]]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from golfbook.analysis import statistics
+from golfbook.analysis import comparisons, statistics
 from golfbook.errors import GolfbookError
-from golfbook.panels import training as parts
-from golfbook.plots import style as figures
+from golfbook.panels import training as training_panels
+from golfbook.plots import style
 from golfbook.plots import training as training_plots
 from golfbook.study import results
 from golfbook.study.plan import flatten, plan
@@ -86,15 +86,15 @@ def test_comparisons_are_chosen_by_settings(study: tuple[pd.DataFrame, pd.DataFr
     table, _ = study
     renamed = table.assign(variant=table["variant"].where(table["variant"] == "base", "v" + table["variant"]))
     for runs in (table, renamed):
-        rates = parts.by_learning_rate(runs)
+        rates = comparisons.by_learning_rate(runs)
         assert rates.groupby("series")["x"].unique().map(sorted).to_dict() == {
             "Muon": [0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2],
             "AdamW": [0.001, 0.002, 0.004, 0.008, 0.016, 0.032],
         }
-        assert len(parts.by_warmdown(runs)[0]) == 5 * 4
-        averages, _ = parts.by_averaging(runs)
+        assert len(comparisons.by_warmdown(runs)[0]) == 5 * 4
+        averages, _ = comparisons.by_averaging(runs)
         assert averages.groupby("group")["variant"].nunique().to_dict() == {"constant rate": 3, "with the warmdown": 5}
-        sizes, _ = parts.by_batch_size(runs)
+        sizes, _ = comparisons.by_batch_size(runs)
         assert sizes.groupby(["series", "x"])["seed"].count().eq(4).all() and len(sizes) == 2 * 4 * 4
         assert set(sizes["x"]) == {1024, 2048, 4096, 8192}
 
@@ -102,17 +102,17 @@ def test_comparisons_are_chosen_by_settings(study: tuple[pd.DataFrame, pd.DataFr
 def test_batch_sizes_are_compared_at_equal_tokens_only(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table = study[0].copy()
     table.loc[table["variant"] == "batch_8192", "tokens_seen"] *= 2
-    assert "batch_8192" not in set(parts.by_batch_size(table)[0]["variant"])
+    assert "batch_8192" not in set(comparisons.by_batch_size(table)[0]["variant"])
 
 
 def test_differences_are_paired_over_seeds(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table, _ = study
     wide = table.pivot(index="seed", columns="variant", values="val_bpb")
     for variant, reference, (_, found), label in (
-        ("warmdown_0", "base", parts.by_warmdown(table), "none: constant rate"),
-        ("warmdown_cosine", "base", parts.by_warmdown(table), "cosine, last 150 of 300 steps"),
-        ("batch_4096_root", "base", parts.by_batch_size(table), "4,096, rates times root"),
-        ("base", "no_average", parts.by_averaging(table), "moving average"),
+        ("warmdown_0", "base", comparisons.by_warmdown(table), "none: constant rate"),
+        ("warmdown_cosine", "base", comparisons.by_warmdown(table), "cosine, last 150 of 300 steps"),
+        ("batch_4096_root", "base", comparisons.by_batch_size(table), "4,096, rates times root"),
+        ("base", "no_average", comparisons.by_averaging(table), "moving average"),
     ):
         expected = statistics.paired_difference(wide[variant], wide[reference])
         row = found[found["label"] == label].iloc[0]
@@ -123,11 +123,11 @@ def test_differences_are_paired_over_seeds(study: tuple[pd.DataFrame, pd.DataFra
 def test_missing_seeds_are_left_out_of_pairs_and_of_the_choice(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table = study[0]
     gone = table[~((table["variant"] == "muon_lr_0.05") & (table["seed"] == 2))]  # the best one has lost a seed
-    best = parts.best_rates(parts.by_learning_rate(gone)).set_index("series")
+    best = comparisons.best_rates(comparisons.by_learning_rate(gone)).set_index("series")
     assert best.loc["Muon", "rate"] == 0.025 or best.loc["Muon", "rate"] == 0.1
-    assert parts.best_rates(parts.by_learning_rate(table)).set_index("series").loc["Muon", "rate"] == 0.05
+    assert comparisons.best_rates(comparisons.by_learning_rate(table)).set_index("series").loc["Muon", "rate"] == 0.05
     gone = table[~((table["variant"] == "warmdown_0") & (table["seed"] == 2))]
-    _, found = parts.by_warmdown(gone)
+    _, found = comparisons.by_warmdown(gone)
     assert found.set_index("label").loc["none: constant rate", "n"] == 3
 
 
@@ -137,7 +137,7 @@ def test_rates_are_chosen_on_the_other_seeds() -> None:
     rows = [("AdamW", 1.0, seed, 2.0) for seed in range(6)]
     rows += [("Muon", x, seed, 2.0 + luck.normal(0, 0.1)) for x in (1.0, 2.0, 4.0, 8.0) for seed in range(6)]
     runs = pd.DataFrame(rows, columns=["series", "x", "seed", "val_bpb"])
-    same, held = parts.optimizer_differences(runs).to_dict("records")
+    same, held = comparisons.optimizer_differences(runs).to_dict("records")
     muon_scores = runs[runs["series"] == "Muon"].pivot(index="x", columns="seed", values="val_bpb")
     assert same["mean"] == pytest.approx(muon_scores.mean(axis=1).min() - 2.0)
     by_hand = []
@@ -146,29 +146,29 @@ def test_rates_are_chosen_on_the_other_seeds() -> None:
         by_hand.append(muon_scores.loc[rate, seed] - 2.0)
     assert held["mean"] == pytest.approx(np.mean(by_hand)) and held["n"] == 6
     assert held["mean"] >= same["mean"]
-    one = parts.optimizer_differences(runs[runs["seed"] == 0])
+    one = comparisons.optimizer_differences(runs[runs["seed"] == 0])
     assert len(one) == 1 and np.isnan(one["low"].iloc[0]), "one seed: no interval, and no other seeds to choose on"
 
 
 def test_findings_follow_the_table(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     """Turning all scores upside down turns what is said, so no sign is written into the text."""
     table, _ = study
-    text = "\n".join(parts.findings(table))
+    text = "\n".join(comparisons.findings(table))
     assert "Muon 0.05, AdamW 0.004." in text and "none: constant rate: +0.1" in text
     one = next(line for line in text.splitlines() if line.startswith("**Warmdown"))
     assert "(n = 4 pairs" in one and "higher" in one
-    turned = "\n".join(parts.findings(table.assign(val_bpb=4 - table["val_bpb"])))
+    turned = "\n".join(comparisons.findings(table.assign(val_bpb=4 - table["val_bpb"])))
     assert "none: constant rate: -0.1" in turned and "at the edge" in turned
     line = next(line for line in text.splitlines() if line.startswith("**Muon minus"))
     other = next(line for line in turned.splitlines() if line.startswith("**Muon minus"))
     assert "lower" in line and line != other
-    alone = "\n".join(parts.findings(table[table["seed"] == 1]))
+    alone = "\n".join(comparisons.findings(table[table["seed"] == 1]))
     assert "nan" in alone and "higher" not in alone and "lower" not in alone
 
 
 def test_sweep_shows_every_run_interval_and_the_best(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    runs = parts.by_learning_rate(study[0])
-    differences = parts.optimizer_differences(runs)
+    runs = comparisons.by_learning_rate(study[0])
+    differences = comparisons.optimizer_differences(runs)
     left, right = training_plots.sweep(runs, differences, xlabel="rate", title="t", against="a").axes
     dots = {tuple(p) for line in left.lines if line.get_marker() == "o" for p in line.get_xydata().tolist()}
     for point in runs[["x", "val_bpb"]].itertuples(index=False, name=None):
@@ -179,7 +179,7 @@ def test_sweep_shows_every_run_interval_and_the_best(study: tuple[pd.DataFrame, 
     low, high = sorted(bars[2][0].get_segments()[index][:, 1])
     assert (low, high) == pytest.approx((summary.low, summary.high))
     rings = [line.get_xydata()[0].tolist() for line in left.lines if line.get_markerfacecolor() == "none"]
-    best = parts.best_rates(runs)
+    best = comparisons.best_rates(runs)
     np.testing.assert_allclose(sorted(rings), sorted(best[["rate", "mean"]].to_numpy().tolist()))
     assert left.get_xscale() == "log" and left.get_ylabel() == "bits per byte"
     means = [c[0].get_xdata()[0] for c in right.containers]
@@ -190,15 +190,17 @@ def test_sweep_shows_every_run_interval_and_the_best(study: tuple[pd.DataFrame, 
 def test_a_diverged_run_is_marked_and_does_not_flatten_the_rest(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table = study[0].copy()
     table.loc[table["variant"] == "adamw_lr_0.032", "val_bpb"] = 7.0
-    runs = parts.by_learning_rate(table)
-    left, _ = training_plots.sweep(runs, parts.optimizer_differences(runs), xlabel="rate", title="t", against="a").axes
+    runs = comparisons.by_learning_rate(table)
+    left, _ = training_plots.sweep(
+        runs, comparisons.optimizer_differences(runs), xlabel="rate", title="t", against="a"
+    ).axes
     assert left.get_ylim()[1] < 4
     assert "7.00" in [text.get_text() for text in left.texts]
     assert any(line.get_marker() == "^" and line.get_xdata()[0] == 0.032 for line in left.lines)
 
 
 def test_conditions_show_groups_seeds_and_signs(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    scores, differences = parts.by_averaging(study[0])
+    scores, differences = comparisons.by_averaging(study[0])
     left, right = training_plots.conditions(scores, differences, title="t", against="a").axes
     dots = np.concatenate([line.get_xdata() for line in left.lines if line.get_marker() == "o"])
     assert sorted(dots) == pytest.approx(sorted(scores["val_bpb"]))
@@ -210,23 +212,23 @@ def test_conditions_show_groups_seeds_and_signs(study: tuple[pd.DataFrame, pd.Da
         for c in right.containers
     }
     for row in differences.to_dict("records"):
-        clear = figures.GREEN if row["high"] < 0 else figures.RED if row["low"] > 0 else figures.GREY
+        clear = style.GREEN if row["high"] < 0 else style.RED if row["low"] > 0 else style.GREY
         assert colours[round(row["mean"], 6)] == clear.upper()
 
 
 def test_one_seed_has_no_interval(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table = study[0]
-    picture = training_plots.conditions(*parts.by_warmdown(table[table["seed"] == 1]), title="t", against="a")
+    picture = training_plots.conditions(*comparisons.by_warmdown(table[table["seed"] == 1]), title="t", against="a")
     for axes in picture.axes:
         for container in axes.containers:
             assert not any(np.isfinite(segment).any() for segment in container[2][0].get_segments())
-    assert figures.png(picture)[:4] == b"\x89PNG"
+    assert style.png(picture)[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("kind", ["learning_rates", "batch_sizes"])
 def test_panels_show_the_curves_of_the_chosen_runs(kind: str, study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table, curves = study
-    panel = getattr(parts, kind)(table, curves)
+    panel = getattr(training_panels, kind)(table, curves)
     for x in training_plots.COUNTS:
         _, right = panel.figure(x=x).axes
         chosen = curves[curves["variant"].isin([panel.state["first"], panel.state["second"]])]
@@ -243,23 +245,23 @@ def test_reference_tables_are_read_or_said_to_be_missing(
     study: tuple[pd.DataFrame, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GOLFBOOK_ROOT", str(tmp_path))
-    assert parts.read_reference("training") is None
+    assert comparisons.read_reference("training") is None
     folder = results.reference_folder("training")
     folder.mkdir(parents=True)
     table = study[0].rename(columns={"val_bpb": "training_val_bpb"})
     table.to_csv(folder / "results.csv", index=False)
     study[1].to_csv(folder / "curves.csv", index=False)
-    read = parts.read_reference("training")
+    read = comparisons.read_reference("training")
     assert read is not None
-    assert parts.findings(read[0]) == parts.findings(study[0])
+    assert comparisons.findings(read[0]) == comparisons.findings(study[0])
     table[table["variant"] != "base"].to_csv(folder / "results.csv", index=False)
     with pytest.raises(GolfbookError, match="no variant 'base'"):
-        parts.read_reference("training")
+        comparisons.read_reference("training")
 
 
 def test_published_trajectories_are_the_published_points() -> None:
     points, events, runs = PUBLISHED.values()
-    picture = parts.trajectories(points, events, runs).figure(gepa=True)
+    picture = training_panels.trajectories(points, events, runs).figure(gepa=True)
     steps, _, hours, strip = picture.axes
     shown = points[(points["metric"] == "val_bpb") & (points["step"] > 0)]
     for axes, x in ((steps, shown["step"]), (hours, shown["train_time_ms"] / 3.6e6)):
@@ -272,13 +274,13 @@ def test_published_trajectories_are_the_published_points() -> None:
     marked = [line.get_xdata()[0] for line in picture.axes[1].lines if line.get_marker() == "s"]
     assert sorted(marked) == sorted(events.loc[events["event"] == "late_qat", "step"])
     assert strip.get_xlabel() == "hours of training" and strip.get_xlim() == hours.get_xlim()
-    assert len(parts.trajectories(points, events, runs).figure().axes[0].get_legend().get_texts()) == 4
-    only_loss = parts.trajectories(points, events, runs).figure(metric="train_loss").axes[0]
+    assert len(training_panels.trajectories(points, events, runs).figure().axes[0].get_legend().get_texts()) == 4
+    only_loss = training_panels.trajectories(points, events, runs).figure(metric="train_loss").axes[0]
     assert not any("1232" in text.get_text() for text in only_loss.get_legend().get_texts()), "it published none"
 
 
 def test_published_gains_of_the_warmdown() -> None:
-    gains = parts.warmdown_gains(PUBLISHED["trajectories"], PUBLISHED["events"])
+    gains = comparisons.warmdown_gains(PUBLISHED["trajectories"], PUBLISHED["events"])
     row = gains[gains["variant"] == "base_20k"].iloc[0]  # its README: 1.2016 before, 1.1062 at the end
     assert (row["start"], row["before"], row["end"]) == (8000, 1.2016, 1.1062)
     assert row["gain"] == pytest.approx(0.0954)
@@ -299,7 +301,7 @@ def random_matrix(rows: int, columns: int, smallest: float) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (12, 60)])
 def test_directions_walk_along_the_polynomials(kind: muon.Coefficients, shape: tuple[int, int]) -> None:
     matrix = random_matrix(*shape, smallest=1e-2)
-    sizes = parts.direction_sizes(matrix, 5, kind)
+    sizes = comparisons.direction_sizes(matrix, 5, kind)
     expected = [np.linalg.svd(matrix.double().numpy(), compute_uv=False)]
     expected[0] = expected[0] / np.linalg.norm(expected[0]) / (1 if kind == "quintic" else muon.SAFETY)
     for a, b, c in muon.iteration_coefficients(5, kind):
@@ -308,14 +310,14 @@ def test_directions_walk_along_the_polynomials(kind: muon.Coefficients, shape: t
     np.testing.assert_allclose(sizes, expected, atol=5e-4)  # float32, and shared products for long matrices
     final = torch.linalg.svdvals(muon.newton_schulz(matrix, 5, torch.float32, kind).double()).numpy()
     np.testing.assert_allclose(sorted(sizes[-1]), sorted(final), atol=5e-4)
-    rounded = parts.direction_sizes(matrix, 5, kind, torch.bfloat16)
+    rounded = comparisons.direction_sizes(matrix, 5, kind, torch.bfloat16)
     assert 1e-4 < np.abs(rounded - sizes)[-1].max() < 0.2
 
 
 def test_row_norms_change_where_the_iteration_starts() -> None:
     matrix = random_matrix(24, 40, smallest=1e-2) * torch.logspace(0, 2, 24)[:, None]
     before = matrix.clone()
-    plain, rows = (parts.direction_sizes(matrix, 0, row_norm=on)[0] for on in (False, True))
+    plain, rows = (comparisons.direction_sizes(matrix, 0, row_norm=on)[0] for on in (False, True))
     expected = torch.linalg.svdvals((matrix / matrix.norm(dim=1, keepdim=True)).double())
     np.testing.assert_allclose(rows, (expected / expected.norm()).numpy(), atol=1e-6)
     assert rows.min() / rows.max() > plain.min() / plain.max()
@@ -324,8 +326,8 @@ def test_row_norms_change_where_the_iteration_starts() -> None:
 
 def test_newton_schulz_panel_draws_the_sizes() -> None:
     matrix = random_matrix(24, 40, smallest=1e-2)
-    panel = parts.newton_schulz(matrix, "w")
-    sizes = parts.direction_sizes(matrix, 5)
+    panel = training_panels.newton_schulz(matrix, "w")
+    sizes = comparisons.direction_sizes(matrix, 5)
     left, right = panel.figure().axes
     assert np.allclose(left.collections[0].get_offsets(), np.stack([sizes[4], sizes[5]], axis=1))
     assert right.lines[-2].get_ydata() == pytest.approx(sizes[5])
@@ -337,16 +339,16 @@ def test_newton_schulz_panel_draws_the_sizes() -> None:
 
 def test_animation_moves_up_to_the_curve_and_across_and_is_small() -> None:
     matrix = random_matrix(24, 40, smallest=1e-2)
-    frames, times = parts.newton_schulz_frames(matrix, "w")
+    frames, times = training_panels.newton_schulz_frames(matrix, "w")
     assert len(frames) == len(times) == 1 + 4 * 5 and max(times) == times[-1]
-    sizes = parts.direction_sizes(matrix, 5)
+    sizes = comparisons.direction_sizes(matrix, 5)
     series = {"quintic": (sizes, muon.iteration_coefficients(5))}
     for moment, x, y in ((0, 0, 0), (0.5, 0, 1), (1, 1, 1), (1.5, 1, 2), (5, 5, 5)):
         (axes,) = training_plots.newton_schulz_moment(series, moment).axes
         found = axes.collections[0].get_offsets()
         assert np.allclose(found, np.stack([sizes[x], sizes[y]], axis=1)), moment
         assert f"{int(moment)} of 5 steps" in axes.get_title(loc="left")
-    data = figures.gif([frame() for frame in frames], times)
+    data = style.gif([frame() for frame in frames], times)
     assert len(data) < 300_000
     with Image.open(io.BytesIO(data)) as image:
         assert image.n_frames == len(frames) and max(image.size) <= 800
@@ -355,18 +357,20 @@ def test_animation_moves_up_to_the_curve_and_across_and_is_small() -> None:
 def test_pictures_are_pure_and_labelled(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table, curves = study
     kept = table.copy(), curves.copy(), PUBLISHED["trajectories"].copy()
-    rates = parts.by_learning_rate(table)
+    rates = comparisons.by_learning_rate(table)
     draws = [
-        lambda: training_plots.sweep(rates, parts.optimizer_differences(rates), xlabel="x", title="t", against="a"),
+        lambda: training_plots.sweep(
+            rates, comparisons.optimizer_differences(rates), xlabel="x", title="t", against="a"
+        ),
         lambda: training_plots.sweep(rates, pd.DataFrame(), xlabel="x", title="t", against="a"),
-        lambda: training_plots.conditions(*parts.by_warmdown(table), title="t", against="a"),
-        lambda: parts.batch_sizes(table, curves).figure(),
+        lambda: training_plots.conditions(*comparisons.by_warmdown(table), title="t", against="a"),
+        lambda: training_panels.batch_sizes(table, curves).figure(),
         lambda: training_plots.trajectories(*PUBLISHED.values()),
     ]
     for draw in draws:
         picture = draw()
-        data = figures.png(picture)
-        assert data == figures.png(draw())
+        data = style.png(picture)
+        assert data == style.png(draw())
         with Image.open(io.BytesIO(data)) as image:
             assert 800 <= image.width <= 1100 and image.height < 700
         assert all(axes.get_title(loc="left") or axes.get_xlabel() or not axes.axison for axes in picture.axes)

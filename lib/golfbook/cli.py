@@ -93,9 +93,10 @@ def run(
     from golfbook.analysis import summaries
     from golfbook.study import pool
     from golfbook.study.interrupts import Interrupts
+    from golfbook.study.plan import plan as make_plan
 
     console = make_console(stderr=as_json)
-    plan = pool.plan(job, workers=workers)
+    plan = make_plan(job, workers=workers)
     if dry_run and as_json:
         write_json(summaries.plan_data(plan))
         return

@@ -20,7 +20,7 @@ from golfbook.analysis.statistics import Summary, spread_text
 from golfbook.analysis.summaries import chosen_rows, seconds_data, states_data, variants_data
 from golfbook.run import STAGES, skipped_runs
 from golfbook.study.plan import Plan
-from golfbook.study.pool import Progress, Report
+from golfbook.study.progress import Progress, Report
 from golfbook.study.results import read_record
 from golfbook.terminal import duration, say, show_path, show_table, size
 

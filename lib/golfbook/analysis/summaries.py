@@ -14,7 +14,7 @@ from golfbook.analysis.statistics import describe
 from golfbook.files import runs_root
 from golfbook.run import STAGES, list_runs, skipped_runs
 from golfbook.study.plan import Plan, PlannedRun
-from golfbook.study.pool import Figure, Report
+from golfbook.study.progress import Figure, Report
 from golfbook.study.results import current_runs, read_record, rows
 
 SECONDS = ("train_seconds", "quantize_seconds", "score_seconds")

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import math
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from golfbook import activity
 from golfbook.config.schema import Config
 from golfbook.data import pydocs
-from golfbook.data.documents import Split, read_corpus, read_documents, split_documents, text_files
+from golfbook.data.cache import cached, copy
+from golfbook.data.documents import Split, read_corpus, split_documents, text_files
 from golfbook.data.fineweb import REPOSITORY, download_fineweb
 from golfbook.data.shards import find_shards, read_shard, write_shard
 from golfbook.data.tokenizer import (
@@ -39,18 +36,14 @@ from golfbook.data.tokenizer import (
     describe_changes,
     train_tokenizer,
 )
-from golfbook.errors import ByteAccountingError, DataError, RunError
+from golfbook.errors import ByteAccountingError, DataError
 from golfbook.files import (
     atomic_path,
-    atomic_write_json,
     cache_root,
-    canonical_json,
     resolve,
     sha256_bytes,
     sha256_file,
 )
-
-__all__ = ["Dataset", "encode_for_scoring", "prepare", "read_documents", "unigram_bits_per_byte"]
 
 FORMAT = 2  # raise it whenever equal inputs give another dataset
 SHARD_TOKENS = 100_000_000
@@ -111,7 +104,7 @@ def prepare(config: Config) -> Dataset:
         activity.doing("leaving out duplicates")
         return _build(folder, split_documents(texts, data.validation_fraction), config)
 
-    folder, record = _cached(data.source, description, build)
+    folder, record = cached(data.source, description, build)
     documents = np.load(folder / "validation_documents.npz")
     tokens = np.array(read_shard(folder / record["validation_shard"]))
     train = [folder / name for name in record["train_shards"]]
@@ -206,7 +199,7 @@ def _build(folder: Path, split: Split, config: Config) -> dict[str, Any]:
     path = folder / "tokenizer.model"
     if config.data.tokenizer:
         name = resolve(config.data.tokenizer)  # for messages: ``folder`` is gone by the time they are read
-        _copy(name, path)
+        copy(name, path)
     else:
         activity.doing("training the tokenizer")
         name = Path("the tokenizer trained on this text")
@@ -286,7 +279,7 @@ def _prepare_shards(config: Config) -> Dataset:
 
     def build(target: Path) -> dict[str, Any]:
         activity.doing("checking the shards")
-        _copy(model, target / "tokenizer.model")
+        copy(model, target / "tokenizer.model")
         digest = hashlib.sha256(tokenizer.sha256.encode())
         checked = 0
         for path in (*train, *validation):
@@ -301,7 +294,7 @@ def _prepare_shards(config: Config) -> Dataset:
         info["validation_changes"] = "unknown: these shards hold tokens, and not the text that they were made of"
         return {"fingerprint": digest.hexdigest(), "info": info}
 
-    folder, record = _cached(data.source, description, build)
+    folder, record = cached(data.source, description, build)
     tokens = np.concatenate([np.array(read_shard(p)) for p in validation])
     dataset = _open(folder, record, train, tokens, config)
     dataset.info["documents"] = None  # not counted: the training shards would have to be read through
@@ -354,70 +347,3 @@ def _check_stream(tokens: Array, tokenizer: Tokenizer, name: str, most: int | No
                 "per byte would come out too low; use another tokenizer, or the original text with data.source: text"
             )
     return len(bounds) - 1
-
-
-def _cached(
-    name: str, description: dict[str, Any], build: Callable[[Path], dict[str, Any]]
-) -> tuple[Path, dict[str, Any]]:
-    """Folder and record of the dataset that ``description`` names; ``build`` fills a new folder, under a lock."""
-    root = cache_root() / "datasets"
-    key = sha256_bytes(canonical_json(description).encode())[:16]
-    folder = root / f"{name}-{key}"
-    record = _read_record(folder)  # whole or absent, so this needs no lock, and a read-only cache is of use
-    if record is not None:
-        return folder, record
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        activity.doing("waiting for another process that prepares the text")
-        with FileLock(root / f".{folder.name}.lock"):
-            record = _read_record(folder)
-            if record is not None:
-                return folder, record
-            for left in root.glob(f".{folder.name}.building-*"):  # of a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.building-", dir=root))
-            try:
-                record = build(temporary) | {"description": description}
-                record["info"]["versions"] = {
-                    "sentencepiece": metadata.version("sentencepiece"),
-                    **description.get("versions", {}),
-                }
-                record["files"] = _sums(temporary.iterdir())
-                atomic_write_json(temporary / "dataset.json", record)
-                temporary.chmod(0o755)
-                if folder.exists():
-                    shutil.rmtree(folder)
-                temporary.replace(folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-    except (OSError, RunError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of one file in a temporary folder
-        raise DataError(
-            f"cannot write the cache {root}: {getattr(cause, 'strerror', None) or cause}; check space and permissions, "
-            "or set GOLFBOOK_CACHE to another folder"
-        ) from error
-    return folder, record
-
-
-def _sums(paths: Iterable[Path]) -> dict[str, str]:
-    return {path.name: sha256_file(path) for path in sorted(paths)}
-
-
-def _read_record(folder: Path) -> dict[str, Any] | None:
-    """Record of a cached dataset whose files all have the noted hashes, else None."""
-    try:
-        record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        if _sums(folder / name for name in record["files"]) == record["files"]:
-            return dict(record)
-        log.warning("cached dataset %s is damaged; it is built again", folder)
-    except FileNotFoundError:
-        if folder.exists():
-            log.warning("cached dataset %s is incomplete; it is built again", folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        log.warning("cached dataset %s is unreadable; it is built again", folder)
-    return None
-
-
-def _copy(source: Path, target: Path) -> None:
-    with atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
+from golfbook.analysis.comparisons import RUN
 from golfbook.analysis.statistics import describe
 from golfbook.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, LIGHT, ORANGE, PURPLE, RED, SKY, Picture, new, styled
 
@@ -23,7 +24,6 @@ METRICS = {
     "train_loss": "training loss (nats a token)",
 }
 SYSTEM_COLOURS = {"S1166": BLUE, "S1170": RED, "S1232": GREEN, "S1406": PURPLE, "GEPA": GREY}
-RUN = ["system", "variant", "seed"]
 COUNTS = {"tokens_seen": "trained tokens", "step": "optimiser step", "seconds": "training time (s)"}
 SMALLEST = 1e-4  # of a singular value in a picture; smaller ones lie on the edge
 

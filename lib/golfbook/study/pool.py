@@ -20,11 +20,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from golfbook import activity
 from golfbook.errors import RunError
 from golfbook.files import figures_root, folders, project_root, sha256_file
 from golfbook.machine import visible_gpus
@@ -42,76 +40,14 @@ from golfbook.study.notebook import (
     read_figure_record,
     stage_log,
 )
-from golfbook.study.plan import Plan, PlannedRun, notebook_path, plan
+from golfbook.study.plan import Plan, PlannedRun, notebook_path
+from golfbook.study.progress import Figure, Progress, Report, RunStatus, State, doing
 from golfbook.study.results import collect, digest, is_collected, note_seconds, note_variants, rows
 from golfbook.train import launcher
-
-__all__ = ["Figure", "Progress", "Report", "RunStatus", "collect", "plan", "run"]
 
 POLL_SECONDS = 0.2
 FIGURE_SECONDS = 15.0
 NOTEBOOK_SECONDS = 10.0  # for a notebook process that was asked to end
-State = Literal["waiting", "running", "done", "failed", "stopped"]
-
-
-@dataclass
-class RunStatus:
-    """One run of a job while it is worked on, and how it ended."""
-
-    planned: PlannedRun
-    state: State = "waiting"
-    stage: str = ""
-    since: float = 0.0  # when the stage began, by the clock of the wall
-    executed: list[str] = field(default_factory=list)
-    finished: set[str] = field(default_factory=set)
-    message: str = ""
-    log: Path | None = None
-
-
-@dataclass
-class Figure:
-    """One plotting notebook of a job and how it ended."""
-
-    name: str
-    state: Literal["waiting", "running", "done", "failed", "current", "skipped"] = "waiting"
-    message: str = ""
-    log: Path | None = None
-    outputs: list[Path] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A moment of a job: share done of all work, expected seconds left, seconds so far, and one text a busy run."""
-
-    fraction: float
-    seconds_left: float
-    seconds: float
-    busy: tuple[str, ...]
-
-
-@dataclass
-class Report:
-    """How a job ended."""
-
-    plan: Plan
-    runs: list[RunStatus]
-    figures: list[Figure]
-    seconds: float = 0.0
-    interrupted: bool = False
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def nothing_done(self) -> bool:
-        """Whether everything was finished before."""
-        return not any(r.executed or r.state == "failed" for r in self.runs) and all(
-            figure.state == "current" for figure in self.figures
-        )
-
-    @property
-    def failures(self) -> list[RunStatus | Figure]:
-        """Runs and figures that failed."""
-        failed: list[RunStatus | Figure] = [status for status in self.runs if status.state == "failed"]
-        return failed + [figure for figure in self.figures if figure.state == "failed"]
 
 
 def run(
@@ -406,7 +342,7 @@ class _Job:
         busy = ["stopping in order; Ctrl-C again stops at once"] if self.stopping else []
         for status in self.statuses:
             if status.state == "running":
-                busy.append(f"{status.planned.name} {_doing(status)}")
+                busy.append(f"{status.planned.name} {doing(status)}")
         busy += [f"figure {figure.name}" for figure in self.figures if figure.state == "running"]
         self.on_progress(Progress(fraction, left, seconds, tuple(busy)))
 
@@ -425,16 +361,6 @@ def _environment(planned: PlannedRun, gpus: list[str]) -> dict[str, str]:
     if gpus:
         extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: planned.config.train.processes])
     return {**os.environ, **extra}
-
-
-def _doing(status: RunStatus) -> str:
-    """The stage of a running run, with the steps it has trained, and what else is being done in it."""
-    words, what = status.stage, activity.now(status.planned.path, status.since)
-    if status.stage == "training":
-        steps = launcher.trained_steps(status.planned.run)
-        if steps or what == "training":
-            words += f" {steps}/{status.planned.config.train.steps}"
-    return words if what in ("", "training") else f"{words}: {what}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Exercises of the notebooks, which check themselves: one module a notebook."""

@@ -1,0 +1,42 @@
+"""Panels of weights and bytes: bits, clip and floor of one matrix, and of whole models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from golfbook.compress.rowwise import clip_quantize
+from golfbook.panels.base import Choice, Panel, Slider, Switch
+from golfbook.plots import size as size_plots
+from golfbook.plots.style import Picture
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+
+def bits_and_clip(weight: Tensor, name: str, *, bits: int = 6) -> Panel:
+    """Choose bits, clip and floor for one matrix; see its grid, its integers, and error, entropy and bytes."""
+    weight = weight.detach().float()
+
+    def draw(bits: int, clip: float, scale_floor: bool) -> Picture:
+        q, scale = clip_quantize(weight, int(bits), clip, scale_floor)
+        decoded = q.float() * scale.float()[:, None]
+        return size_plots.quantization(
+            weight.numpy(), q.numpy(), decoded.numpy(), bits=int(bits), scale=float(scale[0]), name=name
+        )
+
+    clips = {"published search": 0.0, "row maximum": 1.0, "0.999 quantile": 0.999, "0.99 quantile": 0.99}
+    return Panel(
+        draw,
+        {
+            "bits": Slider("bits", bits, 3, 8),
+            "clip": Choice("clip", 1.0, clips),
+            "scale_floor": Switch("published scale floor", False),
+        },
+    )
+
+
+def bits_choice(table: pd.DataFrame, *, bits: int = 6) -> Panel:
+    """Move through a table of whole models with 3, 4, ... bits: error, artifact bytes and score."""
+    low, high = int(table["bits"].min()), int(table["bits"].max())
+    return Panel(lambda bits: size_plots.bits_choice(table, int(bits)), {"bits": Slider("bits", bits, low, high)})

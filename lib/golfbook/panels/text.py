@@ -1,0 +1,51 @@
+"""Panels of text: pieces and bytes of a typed text, what it costs a model, and which window scores what."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from golfbook.evaluate import scoring
+from golfbook.panels.base import Choice, Panel, Text
+from golfbook.plots import text as text_plots
+from golfbook.plots.style import Picture
+
+if TYPE_CHECKING:
+    from golfbook.data.tokenizer import Tokenizer
+    from golfbook.model.gpt import GPT
+
+
+def tokens(tokenizer: Tokenizer, text: str) -> Panel:
+    """Type a text, see its pieces and the bytes of each."""
+
+    def draw(text: str) -> Picture:
+        ids = tokenizer.encode_document(text)
+        return text_plots.tokens([tokenizer.piece(i) for i in ids[1:]], tokenizer.token_bytes(ids).tolist())
+
+    return Panel(draw, {"text": Text("text", text)}, height=320)
+
+
+def losses(model: GPT, tokenizer: Tokenizer, text: str) -> Panel:
+    """Type a text, see what predicting each token costs the model in nats."""
+
+    def draw(text: str) -> Picture:
+        ids = tokenizer.encode_document(text)
+        pieces, sizes = [tokenizer.piece(i) for i in ids[1:]], tokenizer.token_bytes(ids).tolist()
+        if not pieces:
+            return text_plots.tokens([], [], [])
+        nats = scoring.score(model, ids, window=len(pieces), stride=len(pieces))
+        return text_plots.tokens(pieces, sizes, nats.tolist())
+
+    return Panel(draw, {"text": Text("text", text)}, height=320)
+
+
+def windows(targets: int, window: int, stride: int = 0) -> Panel:
+    """Choose a stride, see which window scores which target with how much context."""
+    strides = [window >> k for k in range(7) if window >> k]
+
+    def draw(stride: int) -> Picture:
+        plan = scoring.plan_windows(targets, window, stride)
+        return text_plots.windows(plan.starts, plan.first, plan.stop, window=window, targets=targets)
+
+    choices = sorted({*strides, stride or strides[0]})
+    start = stride or strides[min(2, len(strides) - 1)]
+    return Panel(draw, {"stride": Choice("stride", start, {str(s): s for s in choices})}, height=400)
