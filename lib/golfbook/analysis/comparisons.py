@@ -19,17 +19,17 @@ RUN = ["system", "variant", "seed"]  # what tells published runs apart
 OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
 
 
-def read_reference(study: str) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+def read_reference(study: str, base: str = "base") -> tuple[pd.DataFrame, pd.DataFrame] | None:
     """The committed ``results`` and ``curves`` of a study, or None where there are none; bits per byte as ``val_bpb``.
 
-    Raises :class:`GolfbookError` where the table has no variant ``base`` to compare with.
+    Raises :class:`GolfbookError` where the table has no variant named ``base`` to compare with.
     """
     folder = reference_folder(study)
     if not (folder / "results.csv").is_file() or not (folder / "curves.csv").is_file():
         return None
     results = pd.read_csv(folder / "results.csv").rename(columns={"training_val_bpb": "val_bpb"})
-    if "base" not in set(results["variant"]):
-        raise GolfbookError(f"{folder / 'results.csv'} has no variant 'base' to compare the others with")
+    if base not in set(results["variant"]):
+        raise GolfbookError(f"{folder / 'results.csv'} has no variant '{base}' to compare the others with")
     return results, pd.read_csv(folder / "curves.csv")
 
 

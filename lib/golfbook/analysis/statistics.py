@@ -112,6 +112,39 @@ def paired_by_seed(frame: pd.DataFrame, value: str, a: str, b: str, confidence: 
     return paired_difference(both[a], both[b], confidence)
 
 
+def spread_interval(std: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval in which the true spread lies, given the standard deviation of ``n`` normal values."""
+    tail = (1 - confidence) / 2
+    low, high = (std * ((n - 1) / stats.chi2.ppf(share, n - 1)) ** 0.5 for share in (1 - tail, tail))
+    return float(low), float(high)
+
+
+def power(difference: float, std: float, n: ArrayLike) -> np.ndarray:
+    """Return the chance that ``n`` paired seeds show a true ``difference``: that their 95 % t-interval leaves 0 out.
+
+    ``std`` is the standard deviation of the differences between equal seeds, ``n`` one number or several. This is the
+    power of the two-sided paired t-test, as a mean over the spread that n differences may happen to have (scipy's
+    noncentral t gives NaN for large shifts).
+    """
+    count = np.atleast_1d(np.asarray(n))
+    shift = abs(difference) / max(std, 1e-12) * np.sqrt(count)
+    limit = stats.t.ppf(0.975, count - 1)
+    spread = np.sqrt(stats.chi2.ppf(((np.arange(1000) + 0.5) / 1000)[:, None], count - 1) / (count - 1))
+    chance = stats.norm.sf(limit * spread - shift) + stats.norm.cdf(-limit * spread - shift)
+    return np.asarray(chance.mean(axis=0))
+
+
+def null_intervals(n: int, studies: int, seed: int = 0, *, errors: float = 0.0) -> np.ndarray:
+    """Return the 95 % intervals, (studies, 2), of repeated studies of ``n`` seeds whose true difference is 0.
+
+    Differences are normal with spread 1. The half width is Student's t times the standard error, or ``errors`` times it
+    where that is given.
+    """
+    draws = np.random.default_rng(seed).standard_normal((studies, n))
+    half = (errors or stats.t.ppf(0.975, n - 1)) * draws.std(axis=1, ddof=1) / n**0.5
+    return draws.mean(axis=1)[:, None] + half[:, None] * np.array([-1.0, 1.0])
+
+
 def spread_text(summary: Summary, digits: int = 4) -> str:
     """``mean ± std`` for tables; the spread of a single value is shown as a dash."""
     if summary.n == 0:

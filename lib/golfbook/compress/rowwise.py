@@ -15,18 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from golfbook.compress import rowwise
 from golfbook.config.schema import QuantizeConfig
 from golfbook.errors import RunError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 CLIP_PERCENTILES = (0.9990, 0.9995, 0.9999, 0.99999, 1.0)  # tried for matrices (PR 1166 section 17.3)
 OTHER_PERCENTILE = 0.9999984  # clip of the published int8 rule (section 17.2)
@@ -208,10 +203,10 @@ def _round(values: Tensor, qmax: int) -> Tensor:
 def clip_quantize(weight: Tensor, bits: int, clip: float, scale_floor: bool = False) -> tuple[Tensor, Tensor]:
     """Quantise a float32 matrix with rows clipped at the quantile ``clip`` of ``|w|`` (1: row maximum; 0: the search).
 
-    Returns int8 integers (rows, columns) and float16 scales (rows,), by :func:`rowwise.quantize_matrix`.
+    Returns int8 integers (rows, columns) and float16 scales (rows,), by :func:`quantize_matrix`.
     """
     if not clip:
-        return rowwise.quantize_matrix(weight, bits, clip_search=True, scale_floor=scale_floor)
+        return quantize_matrix(weight, bits, clip_search=True, scale_floor=scale_floor)
     bound = weight.abs().quantile(clip, dim=1, keepdim=True)
     clipped = weight.clamp(-bound, bound)  # the row maximum of a clipped row is its bound
-    return rowwise.quantize_matrix(clipped, bits, clip_search=False, scale_floor=scale_floor)
+    return quantize_matrix(clipped, bits, clip_search=False, scale_floor=scale_floor)

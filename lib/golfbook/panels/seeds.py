@@ -1,16 +1,16 @@
-"""The panel of seeds: how many a difference needs, given the spread."""
+"""Panels of seeds: how often an interval misses the truth, and how many seeds a difference needs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from golfbook.panels.base import Panel, Slider
+from golfbook.analysis.statistics import null_intervals
+from golfbook.panels.base import Choice, Control, Panel, Slider, guessing
 from golfbook.plots import seeds as seed_plots
+from golfbook.plots.style import Picture
 
-if TYPE_CHECKING:
-    pass
+SEEDS = (2, 4, 8)
+RULES = {"mean ± t standard errors": 0.0, "mean ± 2 standard errors": 2.0}
 
 
 def seeds_needed(difference: float, std: float) -> Panel:
@@ -28,3 +28,22 @@ def seeds_needed(difference: float, std: float) -> Panel:
             "std": Slider("std of differences (BPB)", on_scale(std), step, high, step),
         },
     )
+
+
+def coverage(*, studies: int = 100) -> Panel:
+    """Choose a rule for intervals, draw studies without an effect anew, see how many miss 0; guess that for n = 2."""
+
+    def draw(rule: str, shown: int, seed: int) -> Picture:
+        found = {n: null_intervals(n, studies, int(seed), errors=RULES[rule]) for n in SEEDS}
+        return seed_plots.coverage(found, int(shown), rule=rule)
+
+    def missing(rule: str, shown: int, seed: int) -> float:
+        low, high = null_intervals(SEEDS[0], studies, int(seed), errors=RULES[rule])[: int(shown)].T
+        return float(((low > 0) | (high < 0)).sum())
+
+    controls: dict[str, Control] = {
+        "rule": Choice("interval", "mean ± 2 standard errors", {name: name for name in RULES}),
+        "shown": Slider("studies", studies, 1, studies),
+        "seed": Slider("draw", 1, 1, 50),
+    }
+    return guessing(Panel(draw, controls), Slider(f"my guess: red ones at n = {SEEDS[0]}", -1, -1, studies), missing)

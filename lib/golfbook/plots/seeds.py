@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import matplotlib
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from golfbook.analysis.statistics import describe
-from golfbook.plots.style import BLUE, CYCLE, GREY, LIGHT, RED, Picture, new, styled
+from golfbook.analysis.statistics import describe, power
+from golfbook.plots.style import BLUE, CYCLE, GREY, LIGHT, RED, SKY, Picture, new, styled
 
 
 @styled
@@ -71,17 +72,9 @@ def seeds(
 
 @styled
 def seeds_needed(difference: float, std: float, *, most: int = 24) -> Picture:
-    """Chance that n paired seeds show a true ``difference``: that their 95 % t-interval leaves 0 out.
-
-    ``std`` is the standard deviation of the differences between equal seeds; this is the power of the two-sided
-    paired t-test.
-    """
+    """Draw :func:`golfbook.analysis.statistics.power` against the number of paired seeds, up to ``most``."""
     n = np.arange(2, most + 1)
-    shift = abs(difference) / max(std, 1e-12) * np.sqrt(n)
-    limit = stats.t.ppf(0.975, n - 1)
-    # mean over the spread s that the n differences may happen to have; scipy's noncentral t gives NaN for large shifts
-    spread = np.sqrt(stats.chi2.ppf(((np.arange(1000) + 0.5) / 1000)[:, None], n - 1) / (n - 1))
-    chance = (stats.norm.sf(limit * spread - shift) + stats.norm.cdf(-limit * spread - shift)).mean(axis=0)
+    chance = power(difference, std, n)
     figure, (axes,) = new(width=8.5, height=3.6)
     axes.plot(n, chance, marker="o", color=BLUE)
     axes.axhline(0.8, color=GREY, linestyle="--", label="80 %, a usual demand")
@@ -93,4 +86,25 @@ def seeds_needed(difference: float, std: float, *, most: int = 24) -> Picture:
     axes.set_title(f"A difference of {difference:.4f} with std {std:.4f} needs {found}")
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
     axes.legend(loc="lower right")
+    return figure
+
+
+@styled
+def coverage(intervals: Mapping[int, np.ndarray], shown: int, *, rule: str = "mean ± t standard errors") -> Picture:
+    """Draw the first ``shown`` intervals of studies without an effect, a column for each number of seeds.
+
+    ``intervals`` maps n to (studies, 2), low and high; those that miss 0 are red.
+    """
+    figure, columns = new(len(intervals), width=9.5, height=4.6, sharey=True)
+    for axes, (n, found) in zip(columns, intervals.items(), strict=True):
+        low, high = found[:shown].T
+        miss = (low > 0) | (high < 0)
+        for these, colour, width in ((~miss, SKY, 1.1), (miss, RED, 2.0)):
+            axes.hlines(np.flatnonzero(these) + 1, low[these], high[these], color=colour, linewidth=width)
+        axes.axvline(0, color=GREY, linewidth=1.2)
+        axes.set(xlim=(-6, 6), ylim=(0, len(found) + 1), xlabel="difference (spreads)")
+        axes.set_title(f"n = {n}: {miss.sum()} of {len(low)} miss 0")
+        axes.grid(axis="y", visible=False)
+    columns[0].set_ylabel("repeated study")
+    figure.suptitle(f"Studies without an effect, {rule}", x=0.01, ha="left")
     return figure

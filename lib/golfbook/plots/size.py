@@ -13,20 +13,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike, NDArray
 
+from golfbook.analysis.sizes import entropy_bits, relative_error
+from golfbook.analysis.statistics import describe
 from golfbook.plots.style import BLUE, CYCLE, GREEN, GREY, LIGHT, ORANGE, RED, SKY, Picture, new, styled
-
-
-def entropy_bits(integers: ArrayLike) -> float:
-    """Order-0 entropy of integers in bits each: the least a coder can spend that sees one value at a time."""
-    counts = np.unique(np.asarray(integers).ravel(), return_counts=True)[1]
-    share = counts / counts.sum()
-    return float(-(share * np.log2(share)).sum()) + 0.0  # no negative zero for a constant
-
-
-def relative_error(weights: ArrayLike, decoded: ArrayLike) -> float:
-    """Root mean square of the error over that of the weights (0: exact, 1: as bad as storing zeros)."""
-    w, d = np.asarray(weights, np.float64), np.asarray(decoded, np.float64)
-    return float(np.sqrt(((w - d) ** 2).mean() / max(float((w**2).mean()), 1e-30)))
 
 
 @styled
@@ -60,14 +49,6 @@ def _histogram(axes: Axes, weights: NDArray[np.float64], scale: float, qmax: int
     axes.set_title(
         f"Row of {len(weights)} weights: {used} of {2 * qmax + 1} levels (red) in use,\n{outside:.1%} clipped"
     )
-
-
-@styled
-def grid(weights: ArrayLike, scale: float, qmax: int) -> Picture:
-    """Histogram of one row of weights with the levels it can be rounded to: integer -qmax..qmax times ``scale``."""
-    figure, (axes,) = new(width=8.0, height=3.6)
-    _histogram(axes, np.asarray(weights, np.float64).ravel(), scale, qmax, scale * qmax)
-    return figure
 
 
 @styled
@@ -178,19 +159,66 @@ def entropy_bytes(table: pd.DataFrame) -> Picture:
 
 
 @styled
-def size_quality(table: pd.DataFrame, *, title: str) -> Picture:
-    """Score against size, one labelled dot a row of ``table``: columns ``name``, ``artifact_bytes`` and ``val_bpb``."""
-    figure, (axes,) = new(width=9.5, height=3.6)
-    order = table.sort_values("artifact_bytes")
-    x, y = order["artifact_bytes"] / 1000, order["val_bpb"]
-    for i, (name, left, height) in enumerate(zip(order["name"], x, y, strict=True)):
-        label = f"{name}: {left:,.0f} kB, {height:.4f}"
-        axes.scatter(
-            [left], [height], s=80, color=CYCLE[i % len(CYCLE)], marker="osD^vPX*"[i % 8], zorder=3, label=label
+def floor(here: pd.DataFrame, study: pd.DataFrame, line: list[str], differences: Mapping[str, ArrayLike]) -> Picture:
+    """Draw the scale floor against fewer bits: every way to store the models, and what the floor changes, paired.
+
+    ``here`` (one model) and ``study`` (several seeds) have the columns ``name``, ``artifact_bytes`` and ``tax``, bits
+    per byte that storing costs. The names ``line`` are joined. ``differences`` maps a label to one value a seed.
+    """
+    figure, (left, right) = new(2, width=10.5, height=4.0, width_ratios=(1.25, 1))
+    for i, name in enumerate(dict.fromkeys(study["name"])):
+        colour, marker = CYCLE[i % len(CYCLE)], "osD^vPX*"[i % 8]
+        for table, size in ((study, 34), (here, 110)):
+            mine = table[table["name"] == name]
+            hollow = {"facecolors": "none"} if size > 100 else {"label": name}
+            left.scatter(
+                mine["artifact_bytes"] / 1000, mine["tax"], s=size, edgecolors=colour, color=colour, marker=marker,
+                zorder=3, **hollow,
+            )  # fmt: skip
+    joined = study[study["name"].isin(line)].groupby("name")[["artifact_bytes", "tax"]].mean()
+    joined = joined.sort_values("artifact_bytes")
+    left.plot(joined["artifact_bytes"] / 1000, joined["tax"], color=GREY, linewidth=1.2, label="line without floor")
+    left.scatter([], [], s=110, facecolors="none", edgecolors=GREY, label="this run")
+    left.set(xlabel="artifact (thousand bytes)", ylabel="tax (bits per byte)", title="Down and left is better")
+    left.legend(fontsize=9)
+    for row, (values, colour) in enumerate(zip(differences.values(), CYCLE[1:], strict=False)):
+        found = describe(values)
+        given = np.asarray(values, float)
+        right.scatter(given, np.full(len(given), row - 0.15), color=colour, s=40, edgecolor="white", zorder=3)
+        right.errorbar(
+            found.mean, row + 0.1, xerr=(found.high - found.low) / 2, color=colour, marker="D", markersize=7, capsize=6
         )
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    axes.margins(x=0.1, y=0.15)
-    axes.set(xlabel="artifact (thousand bytes)", ylabel="bits per byte (lower is better)", title=title)
+    right.axvline(0, color=GREY, linewidth=1.2)
+    right.set_yticks(range(len(differences)), [f"{k}\nn = {np.size(v)} seeds" for k, v in differences.items()])
+    right.set(ylim=(len(differences) - 0.5, -0.5), xlabel="floor minus the other (bits per byte)")
+    right.set_title("Left of 0 the floor is better;\ndiamonds: mean, 95 % interval")
+    right.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+    return figure
+
+
+@styled
+def sensitivity(table: pd.DataFrame, *, bits: int) -> Picture:
+    """Draw bits per byte lost for each thousand bytes saved, one tensor at a time, dearest first, with 95 % intervals.
+
+    ``table`` is that of :func:`golfbook.analysis.sizes.sensitivity`.
+    """
+    rows = table.assign(price=table["lost"] / table["saved_kb"]).sort_values("price", ascending=False)
+    colours = dict(zip(dict.fromkeys(table["group"]), CYCLE, strict=False))
+    figure, (axes,) = new(width=9.5, height=1.4 + 0.235 * len(rows))
+    y = np.arange(len(rows))
+    shade = [colours[group] for group in rows["group"]]
+    axes.barh(y, rows["price"], color=shade, height=0.72)
+    half = (rows["high"] - rows["low"]) / 2 / rows["saved_kb"]
+    axes.errorbar(rows["price"], y, xerr=half, fmt="none", color=GREY, capsize=2, linewidth=1.0)
+    names = rows["name"].str.removesuffix(".weight") + ", " + rows["saved_kb"].map("{:.1f}".format) + " kB"
+    axes.set_yticks(y, names, fontsize=8.5)
+    for group, colour in colours.items():
+        axes.barh([0], [0], color=colour, label=group)
+    axes.axvline(0, color=GREY, linewidth=1.0)
+    axes.legend(loc="lower right")
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="bits per byte lost for each thousand bytes saved")
+    axes.set_title(f"One tensor at a time at {bits} bits (beside its name: what that saves)")
+    axes.grid(axis="y", visible=False)
     return figure
 
 

@@ -6,7 +6,7 @@ Pure functions like those of :mod:`golfbook.plots.style`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -16,7 +16,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from numpy.typing import ArrayLike
 
-from golfbook.plots.style import BLUE, GREEN, GREY, LIGHT, ORANGE, RED, SKY, Picture, new, styled
+from golfbook.plots.style import BLUE, GREY, LIGHT, ORANGE, RED, SKY, Picture, new, styled
 
 
 @functools.cache
@@ -202,51 +202,45 @@ def times_scored(ours: ArrayLike, published: ArrayLike, *, first_target: int) ->
 
 
 @styled
-def loss_by_context(context: ArrayLike, nats: Mapping[str, ArrayLike], *, bins: int = 16) -> Picture:
-    """Mean loss of a target against the tokens to its left that the model saw, with 95 % intervals of the bin means.
+def gain_by_position(table: pd.DataFrame, *, sliding: str) -> Picture:
+    """Draw what sliding windows change for the same targets, against the context that contiguous windows leave them.
 
-    ``context`` and every array of ``nats`` have one value a target; ``nats`` maps a label to losses in nats.
+    ``table`` is that of :func:`golfbook.analysis.context.gain_by_position`; ``sliding`` names the windows compared.
     """
-    seen = np.asarray(context, np.int64)
-    edges = np.unique(np.geomspace(1, max(int(seen.max()), 2) + 1, bins + 1).astype(np.int64))
-    which = np.digitize(seen, edges)
-    figure, (axes,) = new(width=8.0, height=3.8)
-    for (label, values), colour in zip(nats.items(), (BLUE, GREEN, ORANGE, RED), strict=False):
-        loss = np.asarray(values, float)
-        x, mean, half = [], [], []
-        for index in np.unique(which):
-            inside = which == index
-            n = int(inside.sum())
-            if n < 8:
-                continue
-            x.append(float(seen[inside].mean()))
-            mean.append(float(loss[inside].mean()))
-            half.append(1.96 * float(loss[inside].std(ddof=1)) / n**0.5)
-        axes.errorbar(
-            x, mean, yerr=half, marker="o", capsize=3, color=colour, label=f"{label}, n = {len(loss):,} targets"
-        )
-    axes.set(xscale="log", xlabel="tokens of left context (log scale)", ylabel="mean loss (nats per token)")
-    axes.set_title("The first targets of a window are guessed with little context")
-    axes.legend()
+    figure, (axes,) = new(width=8.5, height=3.8)
+    half = (table["high"] - table["low"]) / 2
+    axes.errorbar(table["context"], table["mean"], yerr=half.fillna(0), marker="o", capsize=4, color=BLUE)
+    axes.axhline(0, color=GREY, linewidth=1.2)
+    axes.set(xscale="log", xlabel="tokens of left context in a contiguous window (log scale)")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axes.set(ylabel="paired difference (nats per token)")
+    axes.set_title(
+        f"{sliding} minus contiguous, same targets;\n95 % intervals over n = {int(table['n'].iloc[0]):,} windows"
+    )
     return figure
 
 
 @styled
-def stride_ladder(table: pd.DataFrame) -> Picture:
-    """Score and cost against the stride. ``table`` has ``stride``, ``val_bpb``, ``tokens_computed`` and ``tokens``."""
+def stride_ladder(table: pd.DataFrame, *, targets: int) -> Picture:
+    """Draw paired differences of the score and the work against the stride.
+
+    ``table`` is that of :func:`golfbook.analysis.context.stride_ladder`, from ``targets`` targets.
+    """
     rows = table.sort_values("stride", ascending=False)
     x = np.arange(len(rows))
-    figure, (left, right) = new(2, height=3.5)
-    left.plot(x, rows["val_bpb"], marker="o", color=BLUE)
-    for i, value in enumerate(rows["val_bpb"]):
-        left.annotate(f"{value:.4f}", (i, value), (0, 8), textcoords="offset points", ha="center", fontsize=9)
-    left.margins(x=0.12, y=0.2)
-    left.set(ylabel="bits per byte", title=f"Score of n = {int(rows['tokens'].iloc[0]):,} targets")
-    cost = rows["tokens_computed"] / rows["tokens"]
-    bars = right.bar(x, cost, color=ORANGE, width=0.6)
-    right.bar_label(bars, [f"{c:.1f}×" for c in cost], padding=2, fontsize=10)
+    figure, (left, right) = new(2, height=3.7)
+    half = ((rows["high"] - rows["low"]) / 2).fillna(0)
+    left.errorbar(x, rows["difference"], yerr=half, marker="o", capsize=5, color=BLUE)
+    for i, (value, gap, bar) in enumerate(zip(rows["val_bpb"], rows["difference"], half, strict=True)):
+        left.annotate(f"{value:.4f}", (i, gap + bar), (0, 5), textcoords="offset points", ha="center", fontsize=9)
+    left.axhline(0, color=GREY, linewidth=1.2)
+    left.margins(x=0.14, y=0.2)
+    left.set(ylabel="difference from contiguous (BPB)")
+    left.set_title(f"Paired difference, n = {targets:,} targets,\n95 % intervals; numbers: the scores")
+    bars = right.bar(x, rows["work"], color=ORANGE, width=0.6)
+    right.bar_label(bars, [f"{work:.1f}×" for work in rows["work"]], padding=2, fontsize=10)
     right.margins(y=0.15)
-    right.set(ylabel="tokens computed per target", title="Work: half the stride, twice the passes")
+    right.set(ylabel="tokens computed per target", title="Work: half the stride,\nnearly twice the passes")
     for axes in (left, right):
         axes.set_xticks(x, [str(int(s)) for s in rows["stride"]])
         axes.set(xlabel="stride (targets scored per window)")

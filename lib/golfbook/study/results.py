@@ -125,6 +125,30 @@ def rows(study: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (row["variant"], row["seed"], row["config_hash"]))
 
 
+def finished(study: str) -> tuple[pd.DataFrame, list[str]]:
+    """Return the runs of a study that are done with every stage, and a line about each folder that is left out.
+
+    The table has the columns of :func:`rows`, with ``val_bpb`` for the score of the last stage. Raises
+    :class:`RunError` where there is no such study, and where no run of it is finished.
+    """
+    import pandas as pd
+
+    found = rows(study)
+    notes = [f"passed over: {folder.name}: {reason}" for folder, reason in skipped_runs(study).items()]
+    undone = {i: [s for s in STAGES if row[f"{s}_state"] != "done"] for i, row in enumerate(found)}
+    waiting = [found[i] | {"stage": missing[0]} for i, missing in undone.items() if missing]
+    if len(waiting) == len(found):
+        raise RunError(f"study '{study}' has no finished run yet; golfbook run papermill_jobs/{study}.yaml makes them")
+    if waiting:
+        left = f"{len(waiting)} of {len(found)} runs are not finished and left out; run the job again to finish them:"
+        states = (
+            f"{row['variant']}, seed {row['seed']}: {row['stage']} {row[row['stage'] + '_state']}" for row in waiting
+        )
+        notes += [left, *(f"  {state}" for state in states)]
+    table = pd.DataFrame([row for i, row in enumerate(found) if not undone[i]])
+    return table.rename(columns={f"{STAGES[-1]}_val_bpb": "val_bpb"}), notes
+
+
 def digest(found: Iterable[Mapping[str, Any]]) -> str:
     """SHA-256 of collected rows: what a figure was made from."""
     return sha256_bytes(canonical_json(list(found)).encode())

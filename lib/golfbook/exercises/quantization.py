@@ -1,0 +1,116 @@
+"""Exercises of notebook 04: quantise a row, predict its error, and count the bits that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from golfbook.compress.rowwise import clip_quantize, quantize_matrix
+from golfbook.exercises.check import Misconception
+from golfbook.files import project_root
+
+Row = NDArray[np.float32]
+
+
+def quantize_row(answer: Callable[[Row, int], tuple[Any, Any]]) -> str:
+    """Judge ``answer(row, bits) -> (integers, scale)`` on random rows and on a row of zeros, against the library."""
+    rng = np.random.default_rng()
+    for bits in range(3, 9):
+        qmax = 2 ** (bits - 1) - 1
+        row, right, scale = _telling_row(rng, qmax, bits)
+        q, s = _given(answer(row.copy(), bits), row)
+        if np.allclose(s, np.abs(row).max() / (qmax + 1), rtol=1e-3) or np.abs(q).max() > qmax:
+            raise Misconception(f"your grid has {qmax + 1} steps a side: one of the 2^{bits} codes stays unused")
+        if not np.allclose(s, scale, rtol=1e-3):
+            raise Misconception(f"at {bits} bits your scale is {s:.5g}; the largest weight must land on the last level")
+        if np.array_equal(q, _round(row, np.abs(row).max() / qmax, qmax)):
+            raise Misconception("you round with a finer scale than the file holds: the decoder only has it in float16")
+        if s != scale or not np.array_equal(q, right):
+            raise Misconception("scale or integers differ from the library's; round to nearest, then clamp")
+    zeros = np.zeros(64, np.float32)
+    with np.errstate(all="ignore"):
+        q, s = _given(answer(zeros, 6), zeros)
+    if not (np.isfinite(s) and np.all(q * s == 0)):
+        raise Misconception("a row of zeros must decode to zeros; something divides by its scale")
+    return "integers and float16 scale are those of quantize_matrix at 3 to 8 bits, and a row of zeros stays zero"
+
+
+def error_law(answer: Callable[[NDArray[np.float64]], float]) -> str:
+    """Judge ``answer(scales) -> mean squared error`` of a matrix with these row scales, at 5 to 8 bits."""
+    weight = torch.from_numpy(np.random.default_rng().normal(0, 0.05, (64, 512)).astype(np.float32))
+    for bits in (5, 6, 7, 8):
+        scales, measured = _error(weight, bits, 1.0)
+        predicted = float(answer(scales.copy()))
+        if np.isclose(predicted, (scales**2).mean() / 4, rtol=0.1):
+            raise Misconception("that is the square of the largest possible error; most weights lie nearer to a level")
+        if np.isclose(predicted, np.sqrt((scales**2).mean() / 12), rtol=0.1):
+            raise Misconception("that is the root of the mean square, asked was the mean square")
+        if not np.isclose(predicted, measured, rtol=0.1):
+            raise Misconception(f"at {bits} bits you predict {predicted:.3g}, measured is {measured:.3g}")
+    scales, measured = _error(weight, 8, 0.99)
+    times = measured / float(answer(scales))
+    return (
+        "it is within a tenth of the measured error at 5 to 8 bits. Clipped at the 0.99 quantile, 8 bits err "
+        f"{times:.0f} times as much: there the weights that are cut off make up the error, and more bits do not help"
+    )
+
+
+def bits_that_fit(answer: Callable[[int, int, int], float]) -> str:
+    """Judge ``answer(weights, code_bytes, limit_bytes) -> bits a weight`` on random models and the published one."""
+    rng = np.random.default_rng()
+    runs = pd.read_csv(project_root() / "runs/published/runs.csv")
+    one = runs[(runs["variant"] == "varB_10L") & (runs["seed"] == 42)].iloc[0]
+    published = (int(one["params"]), int(one["code_bytes"]), 16_000_000)
+    drawn = tuple(int(rng.integers(low, 20 * low)) for low in (2_000_000, 50_000, 4_000_000))
+    for weights, code, limit in (drawn, published):
+        found, right = float(answer(weights, code, limit)), 8 * (limit - code) / weights
+        if np.isclose(found, right / 8, rtol=1e-6):
+            raise Misconception("those are bytes a weight, asked were bits")
+        if np.isclose(found, 8 * limit / weights, rtol=1e-6):
+            raise Misconception("the code counts too, and takes its share of the limit first")
+        if np.isclose(found, 6 * weights / 8, rtol=1e-6):
+            raise Misconception("that is the size at 6 bits stored as they are; asked is what coding may leave of them")
+        if not np.isclose(found, right, rtol=1e-6):
+            raise Misconception(f"{weights:,} weights, {code:,} bytes of code, limit {limit:,}: {found:.4g} is not it")
+    needs = 8 * one["model_bytes"] / one["params"]
+    return (
+        f"the published model may spend {right:.2f} bits a weight. Its grid has 6, which stored as they are make "
+        f"{6 * one['params'] / 8e6:.1f} MB; coded they take {needs:.2f}, scales and all, and it fits"
+    )
+
+
+def _telling_row(rng: np.random.Generator, qmax: int, bits: int) -> tuple[Row, NDArray[np.int64], float]:
+    """Draw a row on which a float32 scale gives other integers than a float16 one, with the library's answer."""
+    while True:
+        row = rng.normal(0, 0.05, 2048).astype(np.float32)
+        q, scale = quantize_matrix(torch.from_numpy(row)[None], bits, clip_search=False, scale_floor=False)
+        right = q[0].numpy().astype(np.int64)
+        if not np.array_equal(right, _round(row, np.abs(row).max() / qmax, qmax)):
+            return row, right, float(scale[0])
+
+
+def _round(row: Row, scale: float, qmax: int) -> NDArray[np.int64]:
+    return np.clip(np.round(row / np.float32(scale)), -qmax, qmax).astype(np.int64)
+
+
+def _given(found: Any, row: Row) -> tuple[NDArray[np.float64], float]:
+    """Turn what an answer returned into numbers."""
+    q, s = found
+    integers = np.asarray(q, np.float64).ravel()
+    if integers.shape != row.shape:
+        raise Misconception(f"there should be one integer a weight, {len(row)} of them, not {len(integers)}")
+    return integers, float(np.asarray(s, np.float64).ravel()[0])
+
+
+def _error(weight: torch.Tensor, bits: int, clip: float) -> tuple[NDArray[np.float64], float]:
+    q, scale = clip_quantize(weight, bits, clip)
+    error = weight - q.float() * scale.float()[:, None]
+    return scale.double().numpy(), float(error.double().square().mean())
+
+
+EXERCISES: dict[str, Callable[[Any], str]] = {"04.1": quantize_row, "04.2": error_law, "04.3": bits_that_fit}
