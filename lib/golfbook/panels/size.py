@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from golfbook.analysis.sizes import entropy_bits
 from golfbook.compress.rowwise import clip_quantize
-from golfbook.panels.base import Choice, Panel, Slider, Switch
+from golfbook.panels.base import Choice, Control, Panel, Slider, Switch, guessing
 from golfbook.plots import size as size_plots
 from golfbook.plots.style import Picture
 
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def bits_and_clip(weight: Tensor, name: str, *, bits: int = 6) -> Panel:
-    """Choose bits, clip and floor for one matrix; see its grid, its integers, and error, entropy and bytes."""
+    """Choose bits, clip and floor for one matrix; see its grid, its integers, and error, entropy and bytes.
+
+    To guess beforehand: the entropy, in bits a weight.
+    """
     weight = weight.detach().float()
 
     def draw(bits: int, clip: float, scale_floor: bool) -> Picture:
@@ -26,14 +30,16 @@ def bits_and_clip(weight: Tensor, name: str, *, bits: int = 6) -> Panel:
         )
 
     clips = {"published search": 0.0, "row maximum": 1.0, "0.999 quantile": 0.999, "0.99 quantile": 0.99}
-    return Panel(
-        draw,
-        {
-            "bits": Slider("bits", bits, 3, 8),
-            "clip": Choice("clip", 1.0, clips),
-            "scale_floor": Switch("published scale floor", False),
-        },
-    )
+    controls: dict[str, Control] = {
+        "bits": Slider("bits", bits, 3, 8),
+        "clip": Choice("clip", 1.0, clips),
+        "scale_floor": Switch("published scale floor", False),
+    }
+
+    def needed(bits: int, clip: float, scale_floor: bool) -> float:
+        return entropy_bits(clip_quantize(weight, int(bits), clip, scale_floor)[0].numpy())
+
+    return guessing(Panel(draw, controls), Slider("my guess: bits needed", 0.0, 0.0, 8.0, 0.1), needed)
 
 
 def bits_choice(table: pd.DataFrame, *, bits: int = 6) -> Panel:

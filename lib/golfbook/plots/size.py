@@ -6,6 +6,7 @@ Pure functions like those of :mod:`golfbook.plots.style`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -87,8 +88,12 @@ def bits_curve(table: pd.DataFrame) -> Picture:
     figure, (left, right) = new(2, height=3.6)
     for (clip, rows), colour in zip(table.groupby("clip", sort=False), CYCLE, strict=False):
         rows = rows.sort_values("bits")
-        left.plot(rows["bits"], rows["error"] * 100, marker="o", color=colour, label=str(clip))
-        right.plot(rows["bits"], rows["entropy_bits"], marker="o", color=colour, label=str(clip))
+        # curves that lie on each other stay visible: the search is often one of the others
+        look: dict[str, Any] = {"marker": "o", "color": colour, "label": str(clip)}
+        if clip == "search":
+            look |= {"markerfacecolor": "none", "markersize": 11, "linestyle": "--"}
+        left.plot(rows["bits"], rows["error"] * 100, **look)
+        right.plot(rows["bits"], rows["entropy_bits"], **look)
     bits = sorted(set(table["bits"]))
     right.plot(bits, bits, color=GREY, linestyle=":", label="bits = entropy")
     left.set(
