@@ -14,7 +14,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from PIL import Image
 
-from golfbook.analysis import statistics
+from golfbook.analysis import context, statistics
 from golfbook.config.schema import TrainConfig
 from golfbook.errors import GolfbookError, RunError
 from golfbook.evaluate import scoring
@@ -67,8 +67,11 @@ def examples() -> dict[str, style.Picture]:
     widths = pd.DataFrame(
         {"bits": [4, 5, 6], "error": [0.1, 0.05, 0.02], "artifact_bytes": [100, 120, 140], "val_bpb": [2.3, 2.2, 2.1]}
     )
-    ladder = pd.DataFrame(
-        {"stride": [32, 16], "val_bpb": [2.2, 2.1], "tokens_computed": [100, 190], "tokens": [100, 100]}
+    ladder = context.stride_ladder({32: rng.exponential(2, 96), 16: rng.exponential(2, 96)}, 32, 300)
+    gains = context.gain_by_position(rng.exponential(2, 200), rng.exponential(2, 200), 20)
+    ways = pd.DataFrame({"name": ["4 bits", "floor"], "artifact_bytes": [400_000, 410_000], "tax": [0.01, 0.005]})
+    prices = pd.DataFrame(
+        {"name": ["a.weight"], "group": ["MLP"], "saved_kb": [8.0], "lost": [0.002], "low": [-0.001], "high": [0.005]}
     )
     return {
         "training_curve": schedules.training_curve(METRICS, steps=40, unigram_bpb=3.5),
@@ -77,6 +80,7 @@ def examples() -> dict[str, style.Picture]:
         "schedule with everything": schedules.schedule(schedule_config(**EVERYTHING), 0.5),
         "schedule of one step of AdamW": schedules.schedule(schedule_config(steps=1, matrix_optimizer="adamw")),
         "seeds": seed_plots.seeds(SEEDS, unigram_bpb=3.5),
+        "coverage": seed_plots.coverage({2: statistics.null_intervals(2, 30), 4: statistics.null_intervals(4, 30)}, 20),
         "seeds_needed": seed_plots.seeds_needed(0.002, 0.001),
         "bytes_per_token": text_plots.bytes_per_token([0, 1, 1, 3]),
         "top_pieces": text_plots.top_pieces(["a", "$b$", "\U0001f600"], [3, 2, 1], [3, 4, 4]),
@@ -87,10 +91,9 @@ def examples() -> dict[str, style.Picture]:
         ),
         "windows": text_plots.windows(plan.starts, plan.first, plan.stop, window=32, targets=100),
         "times_scored": text_plots.times_scored([1, 1], [1, 4], first_target=7),
-        "loss_by_context": text_plots.loss_by_context(np.arange(200) % 20 + 1, {"model": rng.exponential(2, 200)}),
-        "stride_ladder": text_plots.stride_ladder(ladder),
+        "gain_by_position": text_plots.gain_by_position(gains, sliding="stride 2"),
+        "stride_ladder": text_plots.stride_ladder(ladder, targets=96),
         "parameters": size_plots.parameters({"attention": 30, "MLP": 70}),
-        "grid": size_plots.grid(weights[0], float(scale[0, 0]), 31),
         "quantization": size_plots.quantization(
             weights, integers, integers * scale, bits=6, scale=float(scale[0, 0]), name="matrix"
         ),
@@ -101,7 +104,8 @@ def examples() -> dict[str, style.Picture]:
         "entropy_bytes": size_plots.entropy_bytes(
             pd.DataFrame({"group": ["MLP"], "nominal_bytes": [1000], "entropy_bytes": [700.0], "lzma_bytes": [720]})
         ),
-        "size_quality": size_plots.size_quality(widths.assign(name=["4 bits", "5 bits", "6 bits"]), title="title"),
+        "floor": size_plots.floor(ways, ways, ["4 bits"], {"line": [-0.002, 0.001]}),
+        "sensitivity": size_plots.sensitivity(prices, bits=4),
         "budget": size_plots.budget({"code": 100_000, "artifact": 500_000}),
     }
 
@@ -277,19 +281,46 @@ def test_tokens_are_spelt_so_that_any_font_has_them() -> None:
     assert f"{3 / np.log(2) / 3:.2f} bits per byte" in axes.get_title(loc="left")
 
 
-def test_loss_by_context_averages_by_bin() -> None:
-    context = np.repeat([1, 10], 50)
-    (axes,) = text_plots.loss_by_context(context, {"m": np.repeat([5.0, 2.0], 50)}, bins=4).axes
-    line = axes.containers[0].lines[0]
-    assert line.get_xydata().tolist() == [[1, 5], [10, 2]]
+def test_gain_by_position_draws_the_table_and_enlarges_what_is_far() -> None:
+    table = pd.DataFrame({"context": [2.0, 40.0], "mean": [-0.5, 0.002], "low": [-0.6, 0.001], "high": [-0.4, 0.003]})
+    left, right = text_plots.gain_by_position(table.assign(n=7), sliding="stride 2").axes
+    assert left.containers[0].lines[0].get_xydata().tolist() == [[2, -0.5], [40, 0.002]]
+    (bar,) = right.containers[0].lines[2][0].get_segments()
+    assert bar[:, 1] == pytest.approx([0.001, 0.003]) and "n = 7" in left.get_title(loc="left")
 
 
-def test_entropy_and_error() -> None:
-    assert size_plots.entropy_bits([1, 1, 2, 2]) == pytest.approx(1.0)
-    assert size_plots.entropy_bits([7, 7]) == 0.0
-    assert size_plots.entropy_bits(np.arange(64)) == pytest.approx(6.0)
-    assert size_plots.relative_error([3.0, 4.0], [3.0, 4.0]) == 0.0
-    assert size_plots.relative_error([3.0, 4.0], [0.0, 0.0]) == pytest.approx(1.0)
+def test_ladder_draws_paired_bars() -> None:
+    table = context.stride_ladder({8: np.arange(32.0), 4: np.arange(32.0) - np.repeat([1, 2, 1, 2], 8)}, 8, 100)
+    left = text_plots.stride_ladder(table, targets=32).axes[0]
+    bar = left.containers[0].lines[2][0].get_segments()[1][:, 1]
+    assert bar == pytest.approx([table["low"][1], table["high"][1]])
+
+
+def test_coverage_paints_what_misses_red() -> None:
+    found = np.array([[-1.0, 2.0], [0.5, 1.5], [-3.0, -0.1]])
+    (axes,) = seed_plots.coverage({4: found}, 2).axes
+    assert axes.get_title(loc="left") == "n = 4: 1 of 2 miss 0"
+    red = [
+        c.get_segments() for c in axes.collections if matplotlib.colors.to_hex(c.get_color()[0]) == style.RED.lower()
+    ]
+    assert [segment[:, 0].tolist() for segment in red[0]] == [[0.5, 1.5]]
+
+
+def test_floor_joins_the_means_of_its_line() -> None:
+    rows = [("4 bits", 400e3, 0.01), ("4 bits", 402e3, 0.012), ("5 bits", 460e3, 0.002), ("floor", 410e3, 0.005)]
+    table = pd.DataFrame(rows, columns=["name", "artifact_bytes", "tax"])
+    left, right = size_plots.floor(table[:1], table, ["5 bits", "4 bits"], {"line": [-0.002, -0.001, 0.0]}).axes
+    assert left.lines[0].get_xydata() == pytest.approx(np.array([[401, 0.011], [460, 0.002]]))
+    assert right.containers[0].lines[0].get_xdata()[0] == pytest.approx(-0.001)
+    assert "n = 3 seeds" in right.get_yticklabels()[0].get_text()
+
+
+def test_sensitivity_sorts_by_price() -> None:
+    names = {"name": ["cheap", "dear"], "group": ["MLP", "attention"], "saved_kb": [10.0, 2.0]}
+    table = pd.DataFrame({**names, "lost": [0.001, 0.002], "low": [0.0, 0.001], "high": [0.002, 0.003]})
+    (axes,) = size_plots.sensitivity(table, bits=4).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["dear, 2.0 kB", "cheap, 10.0 kB"]
+    assert [bar.get_width() for bar in axes.patches[:2]] == pytest.approx([0.001, 0.0001])
 
 
 def test_budget_says_what_is_left_or_too_much() -> None:
@@ -299,15 +330,15 @@ def test_budget_says_what_is_left_or_too_much() -> None:
     assert "1,000,000 bytes too many" in beyond.axes[0].get_title(loc="left")
 
 
-def test_grid_counts_levels_and_clipped_weights() -> None:
-    weights = np.array([-1.0, -0.5, 0.0, 0.5, 2.0])
-    title = size_plots.grid(weights, 0.5, 3).axes[0].get_title(loc="left")
-    assert "7 of 7 levels" in title
-    assert "20.0% clipped" in title
-    rounded = size_plots.grid(np.array([-1.0, 1.0]), 0.333, 3).axes[0].get_title(loc="left")
-    assert "0.0% clipped" in rounded  # a scale rounded down to float16 cuts nothing off
-    coarse = size_plots.grid(np.array([-0.1, 0.0, 0.1]), 1 / 31, 31).axes[0].get_title(loc="left")
-    assert "7 of 63 levels" in coarse
+def test_a_row_on_its_grid_counts_levels_and_clipped_weights() -> None:
+    def title(weights: list[float], scale: float, bits: int) -> str:
+        row = np.array([weights])
+        return size_plots.quantization(row, 0 * row, row, bits=bits, scale=scale).axes[0].get_title(loc="left")
+
+    cut = title([-1.0, -0.5, 0.0, 0.5, 2.0], 0.5, 3)
+    assert "7 of 7 levels" in cut and "20.0% clipped" in cut
+    assert "0.0% clipped" in title([-1.0, 1.0], 0.333, 3)  # a scale rounded down to float16 cuts nothing off
+    assert "7 of 63 levels" in title([-0.1, 0.0, 0.1], 1 / 31, 6)
 
 
 def test_seeds_needed_agrees_with_simulated_studies() -> None:

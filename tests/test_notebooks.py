@@ -18,6 +18,7 @@ import papermill
 import pytest
 
 from conftest import invent_choices
+from golfbook.compress.container import read_artifact
 from golfbook.config.load import load_config
 from golfbook.data import dataset
 from golfbook.run import STAGE_NOTEBOOKS, Run, create_run, list_runs
@@ -245,6 +246,42 @@ def test_each_stage_notebook_starts_from_nothing(
     assert states == ["done"] * done + ["missing"] * (3 - done)
     bpb = [(run.read_result(stage) or {})["val_bpb"] for stage in list(STAGE_NOTEBOOKS)[:done]]
     assert all(0.5 < value < 8 for value in bpb)
+
+
+TRAINING_ONLY = {
+    "model.mtp.num_heads": 1,
+    "train.qat_start": 0.9,
+    "train.averaging": "swa",
+    "train.swa_start": 1.0,
+    "train.swa_every": 1,
+    "train.checkpoint_activations": True,
+    "score.window": 16,
+}
+
+
+def test_what_only_training_uses_does_not_stop_the_later_notebooks(home: Path) -> None:
+    """Heads, averages and fake quantisation are not in the artifact; a scoring window is not its natural window."""
+    execute(home, "05_test_time_training", overrides=smoke(home, **TRAINING_ONLY), study="training_only")
+    (run,) = list_runs("training_only")
+    notebook = execute(home, "04_quantization", run_dir=str(run.path))
+    assert [run.state(stage) for stage in STAGE_NOTEBOOKS] == ["done"] * 3
+    artifact = read_artifact(run.artifact_path)
+    assert artifact.train_window == 32 and artifact.model_config.mtp.num_heads == 0
+    assert not [name for name in artifact.state if name.startswith("mtp_heads")]
+    assert pictures(notebook) >= 6
+
+
+def test_quantization_without_its_reference_study_says_how_to_make_it(
+    home: Path, scored: tuple[nbformat.NotebookNode, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("notebooks", "papermill_jobs", "runs/published"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        (tmp_path / part).symlink_to(FOLDER.parent / part)
+    monkeypatch.setenv("GOLFBOOK_ROOT", str(tmp_path))
+    notebook = execute(home, "04_quantization", run_dir=str(scored[1].path))
+    printed = json.dumps([cell.get("outputs") for cell in notebook.cells])
+    assert "make it: golfbook run papermill_jobs/quantization.yaml" in printed
+    assert "At its own size the floor is" not in printed
 
 
 def test_seeds_plots_finished_runs_and_names_the_others(home: Path, scored: tuple[nbformat.NotebookNode, Run]) -> None:

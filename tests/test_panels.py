@@ -59,6 +59,8 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         return size_panels.bits_and_clip(weight, "matrix")
     if kind == "seeds_needed":
         return seed_panels.seeds_needed(0.0312, 0.0063)
+    if kind == "coverage":
+        return seed_panels.coverage(studies=20)
     rows = [(bits, 2.0**-bits, 100 * bits, 2 + 2.0**-bits) for bits in range(3, 9)]
     return size_panels.bits_choice(pd.DataFrame(rows, columns=["bits", "error", "artifact_bytes", "val_bpb"]))
 
@@ -84,6 +86,11 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         ("bits_and_clip", "clip", 0.0),
         ("bits_and_clip", "clip", 0.99),
         ("bits_and_clip", "scale_floor", True),
+        ("bits_and_clip", "guess", 3.5),
+        ("coverage", "rule", "mean ± t standard errors"),
+        ("coverage", "shown", 10),
+        ("coverage", "seed", 2),
+        ("coverage", "guess", 5),
         ("bits_choice", "bits", 4),
         ("seeds_needed", "difference", 0.001),
         ("seeds_needed", "std", 0.009),
@@ -128,6 +135,20 @@ def test_an_error_becomes_a_message_and_the_picture_stays() -> None:
     controls.children[0].value = 3
     assert message.value == ""
     assert image.value != before
+
+
+def test_a_guess_is_shown_beside_the_truth_of_the_state() -> None:
+    inner = panels.Panel(lambda code: size_plots.budget({"code": code}), {"code": panels.Slider("code", 1, 1, 9)})
+    panel = panels.guessing(inner, panels.Slider("guess", 0, 0, 99), lambda code: 10 * code)
+    assert panel.figure().get_supxlabel() == ""
+    assert panel.figure(guess=7, code=3).get_supxlabel() == "your guess: 7; it is 30"
+
+
+def test_two_standard_errors_of_two_seeds_raise_false_alarms() -> None:
+    panel = seed_panels.coverage()
+    honest, naive = (panel.figure(rule=rule).axes[0].get_title(loc="left") for rule in reversed(seed_panels.RULES))
+    counts = [int(title.split(": ")[1].split(" of")[0]) for title in (honest, naive)]
+    assert max(counts) > 15 > 12 > min(counts)
 
 
 def test_a_state_is_drawn_once() -> None:

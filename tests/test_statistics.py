@@ -12,8 +12,11 @@ from scipy import stats
 from golfbook.analysis.statistics import (
     Summary,
     describe,
+    null_intervals,
     paired_by_seed,
     paired_difference,
+    power,
+    spread_interval,
     spread_text,
     summarize,
     welch,
@@ -88,3 +91,30 @@ def test_summarize_and_pairing_by_seed() -> None:
     assert (difference.n, difference.mean) == (2, pytest.approx(-0.15))
     with pytest.raises(ConfigError, match="variant 'c'"):
         paired_by_seed(frame, "bpb", "a", "c")
+
+
+def test_spread_interval_of_two_seeds_is_wide() -> None:
+    low, high = spread_interval(0.0015, 2)
+    # chi-square with one degree of freedom, printed table: 5.0239 and 0.000982
+    assert (low, high) == pytest.approx((0.0015 / 5.0239**0.5, 0.0015 / 0.000982**0.5), rel=1e-3)
+    draws = np.random.default_rng(0).normal(0, 2.0, (2000, 5)).std(axis=1, ddof=1)
+    inside = [low <= 2.0 <= high for low, high in (spread_interval(s, 5) for s in draws)]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
+
+
+def test_power_is_that_of_scipys_noncentral_t() -> None:
+    n = np.array([2, 3, 5, 9])
+    shift, limit = 1.5 * np.sqrt(n), stats.t.ppf(0.975, n - 1)
+    exact = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift)
+    assert power(0.003, 0.002, n) == pytest.approx(exact, abs=2e-3)
+    assert power(0.0, 0.002, 4)[0] == pytest.approx(0.05, abs=1e-3)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_null_intervals_miss_as_often_as_they_promise(n: int) -> None:
+    low, high = null_intervals(n, 20_000, seed=n).T
+    assert ((low > 0) | (high < 0)).mean() == pytest.approx(0.05, abs=0.006)
+    draws = np.random.default_rng(n).standard_normal((20_000, n))
+    assert (low[0], high[0]) == pytest.approx((describe(draws[0]).low, describe(draws[0]).high))
+    short, long = null_intervals(n, 20_000, seed=n, errors=2.0).T
+    assert ((short > 0) | (long < 0)).mean() == pytest.approx(2 * stats.t.sf(2, n - 1), abs=0.01)
