@@ -252,7 +252,7 @@ TRAINING_ONLY = {
     "model.mtp.num_heads": 1,
     "train.qat_start": 0.9,
     "train.averaging": "swa",
-    "train.swa_start": 1.0,
+    "train.swa_start": 0.9,
     "train.swa_every": 1,
     "train.checkpoint_activations": True,
     "score.window": 16,

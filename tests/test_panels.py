@@ -73,6 +73,7 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         ("losses", "text", "mat on the cat"),
         ("losses", "text", ""),
         ("windows", "stride", 8),
+        ("windows", "guess", 12),
         ("schedule", "warmdown_steps", 4),
         ("schedule", "warmdown_shape", "cosine"),
         ("schedule", "min_lr_scale", 0.5),
@@ -94,6 +95,7 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         ("bits_choice", "bits", 4),
         ("seeds_needed", "difference", 0.001),
         ("seeds_needed", "std", 0.009),
+        ("seeds_needed", "guess", 3),
     ],
 )
 def test_moving_a_control_changes_the_image(kind: str, name: str, value: Any, tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from golfbook.analysis.statistics import (
     paired_by_seed,
     paired_difference,
     power,
+    seeds_for,
     spread_interval,
     spread_text,
     summarize,
@@ -108,6 +109,9 @@ def test_power_is_that_of_scipys_noncentral_t() -> None:
     exact = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift)
     assert power(0.003, 0.002, n) == pytest.approx(exact, abs=2e-3)
     assert power(0.0, 0.002, 4)[0] == pytest.approx(0.05, abs=1e-3)
+    needed = seeds_for(0.001, 0.001)
+    assert power(0.001, 0.001, [needed - 1, needed]).round(2).tolist() == [0.75, 0.8]
+    assert seeds_for(0.0001, 0.01, most=20) == 20
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])

@@ -134,6 +134,13 @@ def power(difference: float, std: float, n: ArrayLike) -> np.ndarray:
     return np.asarray(chance.mean(axis=0))
 
 
+def seeds_for(difference: float, std: float, *, chance: float = 0.8, most: int = 400) -> int:
+    """Return the least number of paired seeds whose :func:`power` is ``chance``; ``most`` where more are needed."""
+    n = np.arange(2, most + 1)
+    enough = n[power(difference, std, n) >= chance]
+    return int(enough[0]) if len(enough) else most
+
+
 def null_intervals(n: int, studies: int, seed: int = 0, *, errors: float = 0.0) -> np.ndarray:
     """Return the 95 % intervals, (studies, 2), of repeated studies of ``n`` seeds whose true difference is 0.
 

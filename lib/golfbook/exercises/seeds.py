@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from golfbook.analysis.statistics import describe, null_intervals, paired_by_seed, power, welch
+from golfbook.analysis.statistics import describe, null_intervals, paired_by_seed, seeds_for, welch
 from golfbook.exercises.check import Misconception
 
 Floats = NDArray[np.float64]
@@ -45,7 +45,7 @@ def by_hand(answer: Callable[[Floats, Floats], Any]) -> str:
 def many_looks(answer: Callable[[int], float]) -> str:
     """Judge ``answer(k)``: the chance that at least one of k switches without an effect looks real."""
     rng = np.random.default_rng()
-    for looks in (int(rng.integers(5, 60)), LOOKS):
+    for looks in (int(rng.integers(LOOKS + 1, 60)), LOOKS):
         found = float(answer(looks))
         if np.isclose(found, 0.05):
             raise Misconception("5 % is the chance of one look; there are many")
@@ -69,7 +69,7 @@ def right_stage(answer: Callable[[float, Mapping[str, float]], int]) -> str:
     drawn = {"final score": rng.uniform(6e-4, 9e-4), "tax": rng.uniform(2.5e-4, 4e-4)}
     for spreads in (drawn, {"final score": 0.0007, "tax": 0.0003}):
         found = int(answer(0.0005, dict(spreads)))
-        needed = {name: _seeds(0.0005, spread) for name, spread in spreads.items()}
+        needed = {name: seeds_for(0.0005, spread) for name, spread in spreads.items()}
         right = needed["tax"]
         if found == needed["final score"]:
             raise Misconception("a quantiser cannot change what training drew; its own score has a smaller spread")
@@ -79,12 +79,6 @@ def right_stage(answer: Callable[[float, Mapping[str, float]], int]) -> str:
             raise Misconception(f"fewer than {found} seeds are enough")
     more = needed["final score"]
     return f"{right} seeds show it by the tax; the final score, which holds training's luck too, would take {more}"
-
-
-def _seeds(difference: float, std: float) -> int:
-    """Return the least number of paired seeds with a power of 80 %."""
-    n = np.arange(2, 400)
-    return int(n[np.argmax(power(difference, std, n) >= 0.8)])
 
 
 EXERCISES: dict[str, Callable[[Any], str]] = {"10.1": by_hand, "10.2": many_looks, "10.3": right_stage}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from golfbook.analysis.statistics import null_intervals
+from golfbook.analysis.statistics import null_intervals, seeds_for
 from golfbook.panels.base import Choice, Control, Panel, Slider, guessing
 from golfbook.plots import seeds as seed_plots
 from golfbook.plots.style import Picture
@@ -14,20 +14,24 @@ RULES = {"mean ± t standard errors": 0.0, "mean ± 2 standard errors": 2.0}
 
 
 def seeds_needed(difference: float, std: float) -> Panel:
-    """Choose a difference and a spread, see how many paired seeds would show it. Both start at measured values."""
+    """Choose a difference and a spread, see how many paired seeds would show it. Both start at measured values.
+
+    To guess beforehand: the seeds that show it with a chance of 80 %.
+    """
     unit = 10 ** np.floor(np.log10(max(std, difference, 1e-4)))  # so that the sliders reach from fine to coarse
     step, high = float(unit / 20), float(unit * 10)
 
     def on_scale(value: float) -> float:
         return float(min(max(round(value / step), 1) * step, high))
 
-    return Panel(
+    panel = Panel(
         lambda difference, std: seed_plots.seeds_needed(difference, std),
         {
             "difference": Slider("difference (BPB)", on_scale(difference), step, high, step),
             "std": Slider("std of differences (BPB)", on_scale(std), step, high, step),
         },
     )
+    return guessing(panel, Slider("my guess: seeds", 0, 0, 50), lambda difference, std: seeds_for(difference, std))
 
 
 def coverage(*, studies: int = 100) -> Panel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from golfbook.evaluate import scoring
-from golfbook.panels.base import Choice, Panel, Text
+from golfbook.panels.base import Choice, Panel, Slider, Text, guessing
 from golfbook.plots import text as text_plots
 from golfbook.plots.style import Picture
 
@@ -39,7 +39,7 @@ def losses(model: GPT, tokenizer: Tokenizer, text: str) -> Panel:
 
 
 def windows(targets: int, window: int, stride: int = 0) -> Panel:
-    """Choose a stride, see which window scores which target with how much context."""
+    """Choose a stride, see which window scores which target with how much context; guess the forward passes."""
     strides = [window >> k for k in range(7) if window >> k]
 
     def draw(stride: int) -> Picture:
@@ -48,4 +48,6 @@ def windows(targets: int, window: int, stride: int = 0) -> Panel:
 
     choices = sorted({*strides, stride or strides[0]})
     start = stride or strides[min(2, len(strides) - 1)]
-    return Panel(draw, {"stride": Choice("stride", start, {str(s): s for s in choices})}, height=400)
+    panel = Panel(draw, {"stride": Choice("stride", start, {str(s): s for s in choices})}, height=400)
+    passes = Slider("my guess: forward passes", 0, 0, 2 * len(scoring.plan_windows(targets, window, choices[0])))
+    return guessing(panel, passes, lambda stride: len(scoring.plan_windows(targets, window, stride)))
