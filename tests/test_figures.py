@@ -287,6 +287,8 @@ def test_gain_by_position_draws_the_table_and_enlarges_what_is_far() -> None:
     assert left.containers[0].lines[0].get_xydata().tolist() == [[2, -0.5], [40, 0.002]]
     (bar,) = right.containers[0].lines[2][0].get_segments()
     assert bar[:, 1] == pytest.approx([0.001, 0.003]) and "n = 7" in left.get_title(loc="left")
+    short = text_plots.gain_by_position(table[:1].assign(n=7), sliding="stride 2")
+    assert style.png(short)[:4] == b"\x89PNG"  # a window of a few tokens has something to enlarge too
 
 
 def test_ladder_draws_paired_bars() -> None:

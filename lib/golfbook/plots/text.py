@@ -208,7 +208,8 @@ def gain_by_position(table: pd.DataFrame, *, sliding: str) -> Picture:
     ``table`` is that of :func:`golfbook.analysis.context.gain_by_position`; ``sliding`` names the windows compared.
     """
     figure, panels = new(2, width=10.0, height=3.7)
-    far = table[table["context"] >= 16]
+    far = table[table["context"] >= table["context"].max() / 12]
+    start = far["context"].min()
     for axes, rows in zip(panels, (table, far), strict=True):
         half = ((rows["high"] - rows["low"]) / 2).fillna(0)
         axes.errorbar(rows["context"], rows["mean"], yerr=half, marker="o", capsize=4, color=BLUE)
@@ -216,11 +217,11 @@ def gain_by_position(table: pd.DataFrame, *, sliding: str) -> Picture:
         axes.set(xscale="log", xlabel="tokens of context in a contiguous window (log)")
         axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    ticks = [x for x in (16, 32, 64, 128, 256, 512, 1024, 2048) if x <= table["context"].max() * 1.1]
+    ticks = [2**k for k in range(12) if 0.8 * start < 2**k < 1.2 * far["context"].max()]
     panels[1].set_xticks(ticks, [str(x) for x in ticks])
     panels[0].set_ylabel("paired difference (nats per token)")
     panels[0].set_title(f"{sliding} minus contiguous, same targets;\n95 % intervals, n = {table['n'].max():,} windows")
-    panels[1].set_title("The same from 16 tokens on, enlarged:\nabove 0 more context harms")
+    panels[1].set_title(f"The same from {start:g} tokens on, enlarged:\nabove 0 more context harms")
     return figure
 
 
