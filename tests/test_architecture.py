@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from golfbook.analysis import comparisons, components, probes
 from golfbook.compress import container as artifact
-from golfbook.compress import rowwise
+from golfbook.compress.export import quantize_model
+from golfbook.compress.quantizer import dequantize
 from golfbook.config.load import load_config, preset_names, read_yaml
 from golfbook.config.schema import ModelConfig
 from golfbook.errors import ConfigError
-from golfbook.model.gpt import BOS_ID, GPT, exported, exported_state, initialise, parameter_table
+from golfbook.model.gpt import BOS_ID, GPT, exported, initialise, parameter_table
 from golfbook.model.refiners import TTTLinear
 from golfbook.model.ttt_scan import GROUP, _Scan, ttt_scan
 from golfbook.panels import architecture as architecture_panels
@@ -159,12 +160,12 @@ def survives_the_artifact(config: ModelConfig, folder: Path) -> None:
     """Quantised, written, read and built, the model gives the logits of its decoded weights in memory, to the bit."""
     model = open_model(config)
     settings_ = load_config("quickstart", overrides={"quantize.passthrough_numel": 20}).quantize
-    quantized = rowwise.quantize_state(exported_state(model), settings_)
+    quantized = quantize_model(model, settings_)
     path = folder / "model.golf"
     artifact.write_artifact(path, exported(config), quantized, "0" * 64, settings_, WINDOW)
     loaded = artifact.read_artifact(path).build()
     assert loaded.config == exported(config)
-    model.load_state_dict(rowwise.dequantize(quantized), strict=config.mtp.num_heads == 0)
+    model.load_state_dict(dequantize(quantized), strict=config.mtp.num_heads == 0)
     tokens = documents(config.vocab_size)
     with torch.no_grad():
         assert torch.equal(loaded(tokens), model(tokens))

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import lzma
+import random
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -16,22 +17,25 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from golfbook.compress import budget
 from golfbook.compress import container as module
+from golfbook.compress.budget import code_bytes, import_closure, size_report
+from golfbook.compress.coders import STEP_BYTES
 from golfbook.compress.container import (
     MAGIC,
     PREFIX,
-    code_bytes,
+    VERSION,
     find_tokenizer,
-    import_closure,
     read_artifact,
-    size_report,
     write_artifact,
 )
-from golfbook.compress.rowwise import dequantize, quantize_state
+from golfbook.compress.export import quantize_model
+from golfbook.compress.quantizer import dequantize, quantize
 from golfbook.config.load import load_config
 from golfbook.config.schema import QuantizeConfig
+from golfbook.config.tables import CODERS, named
 from golfbook.data.tokenizer import train_tokenizer
-from golfbook.errors import ArtifactError, GolfbookError
+from golfbook.errors import ArtifactError, ConfigError, GolfbookError
 from golfbook.evaluate.scoring import score
 from golfbook.files import sha256_file
 from golfbook.model.gpt import GPT, initialise
@@ -56,7 +60,7 @@ def tiny_model(**values) -> GPT:
 
 def write(path: Path, model: GPT, config: QuantizeConfig | None = None) -> int:
     config = config or QuantizeConfig(passthrough_numel=40, scale_floor=False)
-    quantized = quantize_state(model.state_dict(), config)
+    quantized = quantize_model(model, config)
     return write_artifact(path, model.config, quantized, SHA, config, 24)
 
 
@@ -71,14 +75,14 @@ def valid(tmp_path_factory) -> bytes:
     "config",
     [
         QuantizeConfig(passthrough_numel=40, scale_floor=False),
-        QuantizeConfig(passthrough_numel=0, matrix_bits=5, other_bits=4, lzma_preset=9),  # 3-D, scalar and control
-        QuantizeConfig(clip_search=False, lzma_preset=0),  # everything in float16
+        QuantizeConfig(passthrough_numel=0, matrix_bits=5, other_bits=4, coder_level=9),  # 3-D, scalar and control
+        QuantizeConfig(quantizer="row_maximum", coder_level=0),  # everything in float16
     ],
 )
 def test_round_trip_is_exact(tmp_path, config):
     model = tiny_model()
     path = tmp_path / "artifact.golf"
-    quantized = quantize_state(model.state_dict(), config)
+    quantized = quantize_model(model, config)
     size = write_artifact(path, model.config, quantized, SHA, config, 24)
     artifact = read_artifact(path)
     assert artifact.bytes == size == path.stat().st_size and artifact.sha256 == sha256_file(path)
@@ -102,10 +106,56 @@ def test_round_trip_is_exact(tmp_path, config):
     np.testing.assert_array_equal(score(artifact.build(), tokens, window=24, stride=24), expected)
 
 
+@pytest.mark.parametrize("coder", CODERS)
+def test_every_coder_gives_back_what_it_took(tmp_path, coder):
+    config = QuantizeConfig(passthrough_numel=40, scale_floor=False, coder=coder, coder_level=3)
+    model, path = tiny_model(), tmp_path / "artifact.golf"
+    write(path, model, config)
+    artifact = read_artifact(path)
+    for name, tensor in dequantize(quantize_model(model, config)).items():
+        assert torch.equal(artifact.state[name], tensor)
+    encode, decode = named(CODERS, coder)
+    for data in (b"", b"a", bytes(5 * STEP_BYTES), random.Random(0).randbytes(2 * STEP_BYTES + 7)):
+        pieces = list(decode(memoryview(encode(data, 1))))
+        assert b"".join(pieces) == data and all(0 < len(piece) <= STEP_BYTES for piece in pieces)
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_coders_refuse_damage_and_foreign_bytes(tmp_path, valid, coder):
+    path, (header, body) = tmp_path / "a", unpack(valid)
+    encode, _ = named(CODERS, coder)
+    good, name = encode(json.dumps(header).encode() + body, 3), coder.encode()
+    path.write_bytes(forge(header, body, stream=good, coder=name))
+    read_artifact(path)
+    for stream in (good[:-1], good + b"\0\0\0\0", good + good, good[: len(good) // 2], b"no stream", b""):
+        assert "a" in refused(path, forge(header, body, stream=stream, coder=name))
+    bomb = encode(json.dumps(header).encode() + body + bytes(2**28), 1)
+    assert "more data than it declares" in refused(path, forge(header, body, stream=bomb, coder=name))
+    generator = random.Random(1)
+    for _ in range(200):
+        broken = bytearray(good)
+        broken[generator.randrange(len(broken))] ^= generator.randrange(1, 256)
+        path.write_bytes(forge(header, body, stream=bytes(broken), coder=name))
+        with contextlib.suppress(ArtifactError):  # a changed weight is no fault that can be seen
+            read_artifact(path)
+
+
+def test_an_unknown_coder_is_named(tmp_path, valid):
+    header, body = unpack(valid)
+    assert "the coder 'paq', this golfbook has xz, zstd" in refused(tmp_path / "a", forge(header, body, coder=b"paq"))
+    assert "this golfbook has" in refused(tmp_path / "a", forge(header, body, coder=b"\xff\xfe\0\0\0\0xz"))
+    with pytest.raises(ConfigError, match=r"unknown quantize.coder 'zst'; did you mean 'zstd'"):
+        load_config(overrides={"quantize.coder": "zst"})
+    with pytest.raises(ConfigError, match=r"unknown quantize.quantizer 'percentile'; did you mean 'percentiles'"):
+        load_config(overrides={"quantize.quantizer": "percentile"})
+    with pytest.raises(ConfigError, match="more than the 9 that xz has"):
+        load_config(overrides={"quantize.coder_level": 10})
+
+
 def test_same_weights_same_bytes_whatever_the_order(tmp_path):
     model = tiny_model()
     config = QuantizeConfig(passthrough_numel=40)
-    quantized = quantize_state(model.state_dict(), config)
+    quantized = quantize_model(model, config)
     write_artifact(tmp_path / "a", model.config, quantized, SHA, config, 24)
     write_artifact(tmp_path / "b", model.config, dict(reversed(quantized.items())), SHA, config, 24)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -116,18 +166,19 @@ def test_overhead_is_small(tmp_path):
     """All that is not tensor data: prefix, JSON header and table, for a model with 59 tensors."""
     model = initialise(GPT(load_config("quickstart").model), seed=0)
     config = load_config("quickstart").quantize
-    quantized = quantize_state(model.state_dict(), config)
+    quantized = quantize_model(model, config)
     size = write_artifact(tmp_path / "a", model.config, quantized, SHA, config, 256)
     body = b"".join(module._pack([quantized[name] for name in sorted(quantized)]))
-    assert size - len(lzma.compress(body, check=lzma.CHECK_NONE, preset=config.lzma_preset)) < 1000
+    assert size - len(lzma.compress(body, check=lzma.CHECK_NONE, preset=config.coder_level)) < 1000
 
 
 def test_writer_refuses_tensors_that_are_not_the_models(tmp_path):
     model, path = tiny_model(), tmp_path / "a"
     config = QuantizeConfig()
-    quantized = quantize_state(model.state_dict(), config)
+    quantized = quantize_model(model, config)
     without = {name: t for name, t in quantized.items() if name != "smear.gate"}
-    other = quantize_state({"smear.gate": torch.zeros(3), "new.weight": torch.zeros(2)}, config)
+    made = {"smear.gate": torch.zeros(3), "new.weight": torch.zeros(2)}
+    other = quantize(made, dict.fromkeys(made, "control"), config)
     with pytest.raises(ArtifactError) as caught:
         write_artifact(path, model.config, {**without, **other}, SHA, config, 24)
     assert "extra 'new.weight'" in str(caught.value)
@@ -151,7 +202,7 @@ def test_clear_messages_for_damaged_files(tmp_path, valid):
 
     assert "not a golfbook artifact" in message(b"")
     assert "not a golfbook artifact" in message(b"PK\x03\x04" + valid[4:])
-    assert "version 2, this golfbook reads version 1" in message(valid[:4] + b"\x02\x00" + valid[6:])
+    assert "version 1, this golfbook reads version 2" in message(valid[:4] + b"\x01\x00" + valid[6:])
     assert "is damaged: it ends inside its first" in message(valid[:30])
     assert "is damaged: expected" in message(valid[:-1])
     assert "is damaged: expected" in message(valid + b"\0")
@@ -181,19 +232,25 @@ def test_any_damage_is_an_artifact_error(tmp_path, valid, data):
 
 
 def unpack(data: bytes) -> tuple[dict, bytes]:
-    length = PREFIX.unpack_from(data)[2]
+    length = PREFIX.unpack_from(data)[3]
     raw = lzma.decompress(data[PREFIX.size :])
     return json.loads(raw[:length]), raw[length:]
 
 
-def forge(header: dict | bytes, body: bytes, stream: bytes | None = None, raw_length: int | None = None) -> bytes:
+def forge(
+    header: dict | bytes,
+    body: bytes,
+    stream: bytes | None = None,
+    raw_length: int | None = None,
+    coder: bytes = b"xz",
+) -> bytes:
     """A file whose checksum is right, whatever it holds."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     if stream is None:
         stream = lzma.compress(text + body, check=lzma.CHECK_NONE, preset=0)
     lengths = (len(text), len(text) + len(body) if raw_length is None else raw_length, len(stream))
-    digest = hashlib.sha256(PREFIX.pack(MAGIC, 1, *lengths, b"") + stream).digest()
-    return PREFIX.pack(MAGIC, 1, *lengths, digest) + stream
+    digest = hashlib.sha256(PREFIX.pack(MAGIC, VERSION, coder, *lengths, b"") + stream).digest()
+    return PREFIX.pack(MAGIC, VERSION, coder, *lengths, digest) + stream
 
 
 def refused(path: Path, data: bytes) -> str:
@@ -221,7 +278,7 @@ def test_forging_an_unchanged_file_works(tmp_path, valid):
     [
         ("model.num_layers", 2_000_000_000, "more than 512 layers"),
         ("model.recurrence", [0] * 600, "more than 512 layers"),
-        ("model.mtp", {"num_heads": 10**9, "loss_weight": 0.2}, "artifacts hold no training heads"),
+        ("model.mtp", {"num_heads": 10**9, "loss_weight": 0.2}, "nothing that only training uses"),
         ("model.num_layers", 3, "missing 'blocks.2.attn"),
         ("model.num_layers", 1, "model.value_embedding.layers"),
         ("model.vocab_size", 10**30, "model.vocab_size"),
@@ -336,9 +393,18 @@ def test_damage_behind_a_right_checksum(tmp_path, valid, data):
 
 
 def test_code_bytes_counts_what_the_result_needs():
-    modules = import_closure(module.CODE_ROOTS, Path(module.__file__).parent)
-    assert {"training", "model", "layers", "muon", "quantization", "artifact", "scoring", "config"} <= set(modules)
-    assert not {"cli", "figures", "panels", "jobs", "statistics"} & set(modules)
+    modules = budget.code_modules()
+    needed = {
+        "train.loop",
+        "compress.coders",
+        "model.gpt",
+        "model.layers",
+        "train.muon",
+        "compress.rowwise",
+        "compress.container",
+    }
+    assert needed | {"evaluate.scoring", "config.schema", "config.__init__", "__init__"} <= set(modules)
+    assert not {"cli", "plain", "study", "analysis", "plots", "panels"} & {name.split(".")[0] for name in modules}
     assert code_bytes() == sum(len(p.read_text(encoding="utf-8").encode()) for p in modules.values())
 
 
@@ -350,11 +416,17 @@ def test_import_closure_follows_every_form_of_import(tmp_path):
         "a": "import os\nfrom pack import b as bee\n",
         "b": "def f():\n    import pack.c\n",
         "c": "from pack.d import x\nfrom pathlib import Path\n",
-        "d": "from pack import missing, a\nimport other.e\n",
+        "d": "from pack import missing, a\nimport other.e\nfrom pack.r import f\n",
         "e": "from pack import a\n",
+        "r/__init__": "",
+        "r/f": "import pack.r.g\n",
+        "r/g": "",
+        "r/h": "from pack.r import f\n",
     }.items():
-        (package / f"{name}.py").write_text(text)
-    assert list(import_closure(["a"], package)) == ["__init__", "a", "b", "c", "d"]
+        path = package / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert list(import_closure(["a"], package)) == ["__init__", "a", "b", "c", "d", "r.__init__", "r.f", "r.g"]
 
 
 def test_size_report():
@@ -373,7 +445,7 @@ def test_find_tokenizer(tmp_path):
     model, folder = tiny_model(), tmp_path / "run"
     config = QuantizeConfig()
     path = folder / "artifact.golf"
-    write_artifact(path, model.config, quantize_state(model.state_dict(), config), sha256_file(mine), config, 24)
+    write_artifact(path, model.config, quantize_model(model, config), sha256_file(mine), config, 24)
     artifact = read_artifact(path)
     with pytest.raises(ArtifactError, match=r"no tokenizer at .*tokenizer\.model"):
         find_tokenizer(path, artifact)

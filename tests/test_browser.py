@@ -250,7 +250,7 @@ def test_the_tour_runs_in_a_browser_and_its_slider_moves_the_picture(lab: dict[s
     assert f"**{json.loads(result.read_text())['val_bpb']:.4f}**" in outputs[-1].data["text/markdown"]
 
     # the picture that moved during training ends as the one of the finished run, in the cell below
-    (curve,) = (cell.outputs[0].data["image/png"] for cell in cells if cell.source.startswith("panels.attach("))
+    (curve,) = (cell.outputs[0].data["image/png"] for cell in cells if cell.source.startswith("monitor.attach("))
     live = page.locator(IMAGE).first
     assert picture(live) == hashlib.sha256(base64.b64decode(curve)).hexdigest()
 

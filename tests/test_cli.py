@@ -311,7 +311,7 @@ def artifact(folder: Path) -> Path:
     import torch
 
     from golfbook.compress.container import write_artifact
-    from golfbook.compress.rowwise import quantize_state
+    from golfbook.compress.export import quantize_model
     from golfbook.files import sha256_file
     from golfbook.model.gpt import GPT, initialise
 
@@ -320,7 +320,7 @@ def artifact(folder: Path) -> Path:
     model = initialise(GPT(config.model), 1)
     tokenizer = folder / "tokenizer.model"
     tokenizer.write_bytes((DATA / "fineweb_1024_bpe.model").read_bytes())
-    quantized = quantize_state(model.state_dict(), config.quantize)
+    quantized = quantize_model(model, config.quantize)
     write_artifact(folder / "artifact.golf", config.model, quantized, sha256_file(tokenizer), config.quantize, 64)
     return folder / "artifact.golf"
 

@@ -162,8 +162,8 @@ def test_killed_build_leaves_nothing_that_is_believed(golfbook_home: Path) -> No
         "import time\nfrom golfbook.data import dataset\nfrom golfbook.config.load import load_config\n"
         "whole = dataset.write_shard\n"
         "def stop(path, tokens):\n    whole(path, tokens)\n    print('half', flush=True)\n    time.sleep(60)\n"
-        "corpus.write_shard = stop\n"
-        f"corpus.prepare(load_config(overrides={{'data': {{'source': 'text', 'path': {str(FINEWEB)!r}}}}}))\n"
+        "dataset.write_shard = stop\n"
+        f"dataset.prepare(load_config(overrides={{'data': {{'source': 'text', 'path': {str(FINEWEB)!r}}}}}))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "half\n"

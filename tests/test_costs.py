@@ -76,7 +76,7 @@ def check_operations(model: ModelConfig, length: int = 48) -> None:
     inference = costs.per_sequence(model, length, training=False).inference
     assert counted(model, length, training=False) == inference
     # the plain kernel computes four products in its backward pass where a fused one computes five
-    fused = (costs.ATTENTION_BACKWARD - 2) * work.forward["attention products"]
+    fused = (layers.ATTENTION_BACKWARD - 2) * work.forward["attention products"]
     assert counted(model, length, training=True) == work.training - fused
 
 

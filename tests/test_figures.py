@@ -102,7 +102,7 @@ def examples() -> dict[str, style.Picture]:
         ),
         "bits_choice": size_plots.bits_choice(widths, 5),
         "entropy_bytes": size_plots.entropy_bytes(
-            pd.DataFrame({"group": ["MLP"], "nominal_bytes": [1000], "entropy_bytes": [700.0], "lzma_bytes": [720]})
+            pd.DataFrame({"group": ["MLP"], "nominal_bytes": [1000], "entropy_bytes": [700.0], "coded_bytes": [720]})
         ),
         "floor": size_plots.floor(ways, ways, ["4 bits"], {"line": [-0.002, 0.001]}),
         "sensitivity": size_plots.sensitivity(prices, bits=4),

@@ -160,7 +160,7 @@ def test_the_files_a_process_writes_are_noted_whatever_writes_them(tmp_path: Pat
     code = """
 import pathlib, sys
 from golfbook.files import atomic_write_bytes
-from golfbook.writes import note_writes
+from golfbook.study.writes import note_writes
 folder = pathlib.Path(sys.argv[1])
 note_writes(sys.argv[1], sys.argv[2])
 atomic_write_bytes(folder / "renamed.png", b"1")
@@ -350,8 +350,8 @@ def test_two_jobs_at_once_do_the_work_once(project: Project) -> None:
 
 
 def test_each_worker_has_gpus_of_its_own(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("jobs", "plan", "estimates"):
-        monkeypatch.setattr(f"golfbook.{module}.visible_gpus", lambda: ["0", "3", "5", "7"])
+    for module in ("pool", "plan", "estimates"):
+        monkeypatch.setattr(f"golfbook.study.{module}.visible_gpus", lambda: ["0", "3", "5", "7"])
     overrides = {"train.processes": 2}
     made = planning.plan(training_only(project, seeds=[1, 2, 3, 4], overrides=overrides).job)
     assert made.workers == 2
@@ -371,8 +371,8 @@ def test_each_worker_has_gpus_of_its_own(project: Project, monkeypatch: pytest.M
 
 
 def test_slots_and_workers_fit_the_largest_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("jobs", "plan", "estimates"):
-        monkeypatch.setattr(f"golfbook.{module}.visible_gpus", lambda: ["0", "3", "5", "7"])
+    for module in ("pool", "plan", "estimates"):
+        monkeypatch.setattr(f"golfbook.study.{module}.visible_gpus", lambda: ["0", "3", "5", "7"])
     variants = {"one": {}, "two": {"train.processes": 2}}
     made = planning.plan(training_only(project, variants=variants, seeds=[1, 2]).job)
     assert made.workers == 2

@@ -454,7 +454,7 @@ def test_a_process_ends_with_an_unclosed_loader(tmp_path: Path, blocked: bool) -
     code = f"""
 import threading
 from pathlib import Path
-from golfbook.loaders import Prefetching, SequentialLoader
+from golfbook.data.batches import Prefetching, SequentialLoader
 inner = SequentialLoader([Path({str(path)!r})], 8, 4)
 take, reached = inner.next, threading.Event()
 def next_or_hang():

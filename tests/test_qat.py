@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from golfbook.compress.rowwise import dequantize, quantize_state
+from golfbook.compress.export import quantize_model
+from golfbook.compress.quantizer import dequantize, quantize
 from golfbook.config.load import load_config
 from golfbook.config.schema import QuantizeConfig
 from golfbook.errors import RunError
-from golfbook.model.gpt import GPT, exported_state, initialise
+from golfbook.model.gpt import GPT, initialise
 from golfbook.train.muon import make_optimizers
 from golfbook.train.qat import (
     PUBLISHED_TARGETS,
@@ -30,7 +31,7 @@ TINY = {
 CONFIG = load_config("quickstart", overrides=TINY)
 RULES = {
     "default": QuantizeConfig(passthrough_numel=600),
-    "row maximum": QuantizeConfig(passthrough_numel=600, clip_search=False, matrix_bits=5),
+    "row maximum": QuantizeConfig(passthrough_numel=600, quantizer="row_maximum", matrix_bits=5),
     "no floor": QuantizeConfig(passthrough_numel=600, scale_floor=False, mlp_bits=4, other_bits=6),
     "everything": QuantizeConfig(passthrough_numel=0, scale_floor=False),
 }
@@ -60,7 +61,7 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def test_weights_are_the_exporters_bit_for_bit_and_come_back(rule):
     model, config = tiny(), RULES[rule]
     before = copy.deepcopy(model.state_dict())
-    stored = quantize_state(exported_state(model), config)
+    stored = quantize_model(model, config)
     decoded = dequantize(stored)
     integers = [name for name, tensor in stored.items() if tensor.kind == "int"]
     with fake_quantized(model, config) as names:
@@ -80,7 +81,7 @@ def test_gradients_pass_straight_through():
     """The gradient of the real weights is that of a model which holds the quantised ones."""
     model, config = tiny(), RULES["no floor"]
     other = copy.deepcopy(model)
-    decoded = dequantize(quantize_state(model.state_dict(), config))
+    decoded = dequantize(quantize_model(model, config))
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             if name in quantized_names(model, config):
@@ -168,5 +169,7 @@ def test_published_switch_reaches_two_projections_that_are_not_stored_as_integer
     published = GPT(load_config("pr1166_e2e_ttt_flow").model.model_copy(update={"num_layers": 2, "xsa": 2}))
     assert not set(PUBLISHED_TARGETS) & set(quantized_names(published, QuantizeConfig()))
     big = 3 * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    ours = dequantize(quantize_state({"x.attn.w": big}, QuantizeConfig(passthrough_numel=0, clip_search=False)))
-    assert 0 < (published_fake_quantize(big) - ours["x.attn.w"]).abs().max() < 0.05  # float16 scale, the same grid
+    ours = dequantize(
+        quantize({"w": big}, {"w": "matrix"}, QuantizeConfig(passthrough_numel=0, quantizer="row_maximum"))
+    )
+    assert 0 < (published_fake_quantize(big) - ours["w"]).abs().max() < 0.05  # float16 scale, the same grid

@@ -10,11 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golfbook.compress.rowwise import dequantize, quantize_matrix, quantize_other, quantize_state, route, row_quantiles
+from golfbook.compress.export import quantize_model
+from golfbook.compress.quantizer import dequantize, quantize, stored_as
+from golfbook.compress.rowwise import quantize_matrix, quantize_other, row_quantiles
 from golfbook.config.load import load_config
 from golfbook.config.schema import QuantizeConfig
+from golfbook.config.tables import QUANTIZERS
 from golfbook.errors import RunError
-from golfbook.model.gpt import GPT, initialise
+from golfbook.model.gpt import GPT, initialise, model_facts
 from reference import sine, uniform
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -95,24 +98,37 @@ def test_pr1406_int8_and_plain_rounding_vectors():
     assert (int(q.int().sum()), int(q.int().abs().sum())) == (-283, 6007)
 
 
-def test_routing():
-    config = QuantizeConfig(passthrough_numel=100)
-    for name, expected in {
-        "blocks.0.attn.c_q.weight": "matrix",
-        "blocks.0.attn.proj.weight": "matrix",
-        "blocks.3.mlp.fc.weight": "matrix",
-        "bigram.proj.weight": "matrix",
-        "tok_emb.weight": "other",
-        "lm_head.weight": "other",
-        "bigram.embed.weight": "other",
-        "ve_shared.embed.weight": "other",
-        "ttt_refiner.o_proj.weight": "other",
-        "ttt_refiner.W1": "other",
-        "skip_weights": "float32",
-        "blocks.0.attn.q_gain": "float32",
-    }.items():
-        assert route(name, 101, config) == expected
-        assert route(name, 100, config) == "float16"
+def published_route(name: str, numel: int, config: QuantizeConfig) -> str:
+    """PR 1166 sections 17.1 and 11.2: the rule of the published scripts, which look at names."""
+    control = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight", "smear", "ve_layer_scales")
+    if numel <= config.passthrough_numel:
+        return "float16"
+    if any(part in name for part in (*control, "ve_shared.scale", "attn_gate", "vr_lambda")):
+        return "float32"
+    if "tok_emb" in name or "lm_head" in name:
+        return "int8"
+    return "int6" if any(part in name for part in (".mlp.", ".attn.", ".proj.")) else "int8"
+
+
+EVERYTHING = {
+    "gated_attention": True, "depth_gate": True, "tie_embeddings": False, "canon": {"last_n": 2},
+    "bigram": {"trigram": True}, "ttt_linear": {"enabled": True}, "flow": {"enabled": True},
+    "native_flow": {"enabled": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("residual", ["none", "lambda", "alpha"])
+@pytest.mark.parametrize("limit", [0, 100, 65536])
+def test_components_say_what_the_published_names_say(residual, limit):
+    model = load_config({"model": {**EVERYTHING, "value_residual": residual}}).model
+    config = QuantizeConfig(passthrough_numel=limit)
+    with torch.device("meta"):
+        state = GPT(model).state_dict()
+    facts = model_facts(model)
+    assert list(facts) == list(state)
+    for name, tensor in state.items():
+        kind, bits = stored_as(facts[name].storage, tensor.numel(), config)
+        assert (f"int{bits}" if kind == "int" else kind) == published_route(name, tensor.numel(), config), name
 
 
 def test_published_model_is_stored_as_published():
@@ -120,10 +136,10 @@ def test_published_model_is_stored_as_published():
     config = load_config("pr1166_e2e_ttt_flow")
     with torch.device("meta"):
         state = GPT(config.model).state_dict()
-    counts = {"matrix": 0, "other": 0, "float16": 0, "float32": 0}
+    counts = {6: 0, 8: 0, 16: 0, 32: 0}
     for name, tensor in state.items():
-        counts[route(name, tensor.numel(), config.quantize)] += tensor.numel()
-    assert counts == {"matrix": 23_592_960, "other": 1_900_544, "float16": 255_894, "float32": 0}
+        counts[stored_as(model_facts(config.model)[name].storage, tensor.numel(), config.quantize)[1]] += tensor.numel()
+    assert counts == {6: 23_592_960, 8: 1_900_544, 16: 255_894, 32: 0}
 
 
 @given(
@@ -186,7 +202,7 @@ def test_state_keeps_names_shapes_and_order():
     config = load_config("quickstart")
     model = initialise(GPT(config.model), seed=0)
     state = model.state_dict()
-    quantized = quantize_state(state, config.quantize)
+    quantized = quantize_model(model, config.quantize)
     decoded = dequantize(quantized)
     assert list(quantized) == list(decoded) == list(state)
     for name, tensor in state.items():
@@ -202,24 +218,36 @@ def test_state_keeps_names_shapes_and_order():
 
 def test_control_tensors_above_the_limit_stay_float32():
     state = {"skip_weights": torch.randn(3, 8), "bigram.scale": torch.tensor(0.05)}
-    quantized = quantize_state(state, QuantizeConfig(passthrough_numel=0))
+    storage = {"skip_weights": "control", "bigram.scale": "other"}
+    quantized = quantize(state, storage, QuantizeConfig(passthrough_numel=0))
     assert quantized["skip_weights"].kind == "float32" and quantized["bigram.scale"].kind == "int"
     assert torch.equal(dequantize(quantized)["skip_weights"], state["skip_weights"])
 
 
-def test_refuses_what_cannot_be_stored():
-    config = QuantizeConfig(passthrough_numel=4, scale_floor=False)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_refuses_what_cannot_be_stored(quantizer):
+    config = QuantizeConfig(quantizer=quantizer, passthrough_numel=4, scale_floor=False)
     for bad in (torch.nan, torch.inf):
-        with pytest.raises(RunError, match=r"'blocks.0.mlp.fc.weight'.*not finite"):
-            quantize_state({"blocks.0.mlp.fc.weight": torch.tensor([[1.0, bad]])}, config)
-    with pytest.raises(RunError, match=r"'skip_weights'.*7e\+04 does not fit float16"):
-        quantize_state({"skip_weights": torch.tensor([1.0, 70000.0])}, config)
-    for name in ("tok_emb.weight", "blocks.0.attn.c_q.weight"):
-        with pytest.raises(RunError, match=f"'{name}'.*65504"):
-            quantize_state({name: torch.full((3, 4), 1e9)}, config)
+        with pytest.raises(RunError, match=r"'fc'.*not finite"):
+            quantize({"fc": torch.tensor([[1.0, bad]])}, {"fc": "mlp"}, config)
+    with pytest.raises(RunError, match=r"'skips'.*7e\+04 does not fit float16"):
+        quantize({"skips": torch.tensor([1.0, 70000.0])}, {"skips": "control"}, config)
+    for storage in ("other", "matrix"):
+        with pytest.raises(RunError, match=r"'w'.*65504"):
+            quantize({"w": torch.full((3, 4), 1e9)}, {"w": storage}, config)
     with pytest.raises(RunError, match=r"'steps'.*torch.int64"):
-        quantize_state({"steps": torch.arange(3)}, config)
-    assert quantize_state({"skip_weights": torch.tensor([65504.0])}, config)["skip_weights"].kind == "float16"
+        quantize({"steps": torch.arange(3)}, {"steps": "control"}, config)
+    assert quantize({"w": torch.tensor([65504.0])}, {"w": "control"}, config)["w"].kind == "float16"
+
+
+def test_quantisers_differ_in_their_clip_alone():
+    model = initialise(GPT(load_config("quickstart").model), seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) ** 3)
+    one, two = (quantize_model(model, QuantizeConfig(quantizer=name, passthrough_numel=4096)) for name in QUANTIZERS)
+    changed = {name for name in one if not torch.equal(one[name].dequantize(), two[name].dequantize())}
+    assert changed and all(model_facts(model.config)[name].storage in ("matrix", "mlp") for name in changed)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 64, 511, 512, 1536, 2000])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import lzma
 import random
 from pathlib import Path
 
@@ -14,14 +13,15 @@ import torch
 
 from conftest import invent_choices
 from golfbook.analysis import context, sizes, statistics
-from golfbook.compress import rowwise
+from golfbook.compress.coders import XZ
 from golfbook.compress.container import read_artifact
-from golfbook.compress.export import export
+from golfbook.compress.export import export, quantize_model
+from golfbook.compress.quantizer import dequantize
 from golfbook.config.load import load_config
 from golfbook.config.schema import Config
 from golfbook.data import dataset
 from golfbook.evaluate import scoring
-from golfbook.model.gpt import GPT, exported_state, initialise
+from golfbook.model.gpt import GPT, initialise
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon"]
 SMALL = {
@@ -71,12 +71,12 @@ def test_entropy_and_error() -> None:
 
 def test_groups_hold_every_byte(prepared: tuple[GPT, Config, dataset.Dataset]) -> None:
     model, config, _ = prepared
-    packed = rowwise.quantize_state(exported_state(model), config.quantize)
-    table = sizes.group_bytes(packed, 6).set_index("group")
+    packed = quantize_model(model, config.quantize)
+    table = sizes.group_bytes(packed, config.quantize).set_index("group")
     plain = [t.value.numpy().tobytes() for t in packed.values() if t.value is not None]
     integers = sum(t.q.numel() for t in packed.values() if t.q is not None)
     assert table.loc[sizes.PLAIN, "nominal_bytes"] == table.loc[sizes.PLAIN, "entropy_bytes"] == sum(map(len, plain))
-    assert table.loc[sizes.PLAIN, "lzma_bytes"] == len(lzma.compress(b"".join(plain), preset=6))
+    assert table.loc[sizes.PLAIN, "coded_bytes"] == len(XZ.encode(b"".join(plain), config.quantize.coder_level))
     assert table.drop(sizes.PLAIN)["nominal_bytes"].sum() == integers
     assert set(table.index) == {"attention", "MLP", "embedding tables", sizes.PLAIN}
     mlp = [sizes.entropy_bits(t.q) * t.q.numel() / 8 for n, t in packed.items() if ".mlp." in n and t.q is not None]
@@ -99,16 +99,16 @@ def test_sensitivity_changes_one_tensor_and_puts_it_back(prepared: tuple[GPT, Co
     model, config, data = prepared
     before = {name: value.clone() for name, value in model.state_dict().items()}
     table = sizes.sensitivity(model, config, data, 100, bits=4).set_index("name")
-    packed = rowwise.quantize_state(exported_state(model), config.quantize)
+    packed = quantize_model(model, config.quantize)
     assert list(table.index) == [n for n, t in packed.items() if t.q is not None and t.bits > 4]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     for name in (table.index[0], table.index[-2]):  # the later one shows that the first was put back
         coarse = config.quantize.model_copy(update={"matrix_bits": 4, "other_bits": 4})
-        fewer = rowwise.quantize_tensor(name, exported_state(model)[name], coarse)
+        fewer = quantize_model(model, coarse)[name]
         found = []
         for tensors in (packed, {**packed, name: fewer}):
             probe = GPT(config.model)
-            probe.load_state_dict(rowwise.dequantize(tensors), strict=False)
+            probe.load_state_dict(dequantize(tensors), strict=False)
             found.append(scoring.score(probe, data.val_tokens[:97], window=16, stride=16))
         total = int(data.val_token_bytes[:96].sum())
         lost = scoring.bits_per_byte(found[1], total) - scoring.bits_per_byte(found[0], total)

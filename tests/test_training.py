@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.utils.api import macros
 
 from fixture_project import start_trainer
-from golfbook import compute, files, launcher, loop
+from golfbook import compute, files
 from golfbook import run as runs
 from golfbook.config.load import load_config
 from golfbook.errors import CheckpointError, RunError
@@ -32,6 +32,7 @@ from golfbook.files import atomic_write_json
 from golfbook.model.gpt import GPT, initialise
 from golfbook.run import Run
 from golfbook.study import stages
+from golfbook.train import launcher, loop
 from golfbook.train.checkpoints import load_model, read_progress
 from golfbook.train.step import TrainingStep
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lzma
 import math
 import tempfile
 from collections.abc import Mapping
@@ -14,13 +13,15 @@ import torch
 from numpy.typing import ArrayLike
 
 from golfbook.analysis.statistics import describe
-from golfbook.compress import rowwise
+from golfbook.compress.coders import Coder
 from golfbook.compress.container import read_artifact
-from golfbook.compress.export import export
-from golfbook.config.schema import Config
+from golfbook.compress.export import export, quantize_model
+from golfbook.compress.quantizer import QuantizedTensor, dequantize
+from golfbook.config.schema import Config, QuantizeConfig
+from golfbook.config.tables import CODERS, named
 from golfbook.data.dataset import Dataset
 from golfbook.evaluate import scoring
-from golfbook.model.gpt import GPT, exported, exported_state
+from golfbook.model.gpt import GPT, exported
 
 GROUPS = {"attention": ".attn.", "MLP": ".mlp.", "embedding tables": "."}  # first infix that fits; integers only
 PLAIN = "float16 tensors"
@@ -44,12 +45,13 @@ def group_of(name: str) -> str:
     return next(group for group, infix in GROUPS.items() if infix in name)
 
 
-def group_bytes(quantized: Mapping[str, rowwise.QuantizedTensor], lzma_preset: int) -> pd.DataFrame:
+def group_bytes(quantized: Mapping[str, QuantizedTensor], config: QuantizeConfig) -> pd.DataFrame:
     """Count the bytes of integers and plain values by group, without scales.
 
-    Columns ``group``, ``nominal_bytes`` (one an integer), ``entropy_bytes`` and ``lzma_bytes``, each group alone. Plain
-    values have no entropy here: their two counts are equal.
+    Columns ``group``, ``nominal_bytes`` (one an integer), ``entropy_bytes`` and ``coded_bytes`` by the coder that
+    ``config`` names, each group alone. Plain values have no entropy here: their first two counts are equal.
     """
+    coder: Coder = named(CODERS, config.coder)
     raw: dict[str, bytes] = {}
     least: dict[str, float] = {}
     for name, tensor in quantized.items():
@@ -63,8 +65,8 @@ def group_bytes(quantized: Mapping[str, rowwise.QuantizedTensor], lzma_preset: i
         raw[group] = raw.get(group, b"") + data
         least[group] = least.get(group, 0.0) + bits / 8
     order = [group for group in (*GROUPS, PLAIN) if group in raw]
-    rows = [(g, len(raw[g]), least[g], len(lzma.compress(raw[g], preset=lzma_preset))) for g in order]
-    return pd.DataFrame(rows, columns=["group", "nominal_bytes", "entropy_bytes", "lzma_bytes"])
+    rows = [(g, len(raw[g]), least[g], len(coder.encode(raw[g], config.coder_level))) for g in order]
+    return pd.DataFrame(rows, columns=["group", "nominal_bytes", "entropy_bytes", "coded_bytes"])
 
 
 def store_and_score(model: GPT, config: Config, data: Dataset, targets: int) -> tuple[int, float]:
@@ -90,12 +92,12 @@ def sensitivity(model: GPT, config: Config, data: Dataset, targets: int, bits: i
     mean over windows of the first ``targets`` targets) with its paired 95 % interval ``low``, ``high`` over ``n``
     windows. What only training uses is left out, as in the artifact.
     """
-    state, window = exported_state(model), config.window
-    stored = rowwise.quantize_state(state, config.quantize)
+    window, stored = config.window, quantize_model(model, config.quantize)
     probe = GPT(exported(model.config))
-    probe.load_state_dict(rowwise.dequantize(stored))
+    probe.load_state_dict(dequantize(stored))
     places = probe.state_dict()  # shares memory with the model
-    coarse = config.quantize.model_copy(update={"matrix_bits": bits, "mlp_bits": 0, "other_bits": bits})
+    coarse = {"matrix_bits": bits, "mlp_bits": 0, "other_bits": bits}
+    smaller = quantize_model(model, config.quantize.model_copy(update=coarse))
     count = min(targets, len(data.val_tokens) - 1) // window * window or len(data.val_tokens) - 1
     tokens, per_window = data.val_tokens[: count + 1], min(window, count)
     to_bpb = count / (math.log(2) * int(data.val_token_bytes[:count].sum(dtype=np.int64)))
@@ -105,10 +107,9 @@ def sensitivity(model: GPT, config: Config, data: Dataset, targets: int, bits: i
 
     before, rows = losses(), []
     for name, tensor in stored.items():
-        if tensor.q is None or tensor.bits <= bits:
+        fewer = smaller[name]
+        if tensor.q is None or fewer.q is None or tensor.bits <= bits:
             continue
-        fewer = rowwise.quantize_tensor(name, state[name], coarse)
-        assert fewer.q is not None  # its size has not changed
         places[name].copy_(fewer.dequantize())
         lost = describe((losses() - before) * to_bpb)
         places[name].copy_(tensor.dequantize())

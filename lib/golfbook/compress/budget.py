@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from golfbook.compress.rowwise import route
+from golfbook.compress.quantizer import stored_as
 from golfbook.config.schema import ModelConfig, QuantizeConfig
-from golfbook.model.gpt import GPT, exported
+from golfbook.config.tables import CODERS, QUANTIZERS
+from golfbook.model.gpt import GPT, exported, model_facts
 
 PACKAGE = Path(__file__).parents[1]
 CODE_ROOTS = ("train.loop", "compress.export", "evaluate.scoring")
@@ -43,7 +44,13 @@ def code_bytes() -> int:
     The tokenizer is not counted, as in the challenge (its hash is inside the artifact); notebooks and plots are not
     either.
     """
-    return sum(path.stat().st_size for path in import_closure(CODE_ROOTS, PACKAGE).values())
+    return sum(path.stat().st_size for path in code_modules().values())
+
+
+def code_modules() -> dict[str, Path]:
+    """Return all modules whose bytes count, those that settings name included, by dotted name."""
+    by_name = [place.rpartition(".")[0] for table in (QUANTIZERS, CODERS) for place in table.values()]
+    return import_closure([*CODE_ROOTS, *by_name], PACKAGE)
 
 
 def import_closure(roots: Iterable[str], package: Path) -> dict[str, Path]:
@@ -82,14 +89,10 @@ def artifact_bytes(model: ModelConfig, quantize: QuantizeConfig) -> int:
     """
     with torch.device("meta"):
         state = GPT(exported(model)).state_dict()
+    facts = model_facts(model)
     bits = 0.0
     for name, tensor in state.items():
-        kind, count = route(name, tensor.numel(), quantize), tensor.numel()
-        if kind in ("float16", "float32"):
-            bits += count * (16 if kind == "float16" else 32) * CODED_SHARE_FLOAT
-            continue
-        width = quantize.other_bits
-        if kind == "matrix":
-            width = (quantize.mlp_bits if ".mlp." in name else 0) or quantize.matrix_bits
-        bits += count * width * CODED_SHARE + 16 * tensor.shape[0]
+        kind, width = stored_as(facts[name].storage, tensor.numel(), quantize)
+        bits += tensor.numel() * width * (CODED_SHARE if kind == "int" else CODED_SHARE_FLOAT)
+        bits += 16 * tensor.shape[0] if kind == "int" else 0
     return round(bits / 8)

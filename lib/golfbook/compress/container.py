@@ -1,9 +1,10 @@
 """The artifact: a whole quantised model in one small file that is safe to read, and its place in the byte budget.
 
-Layout (integers little-endian): magic ``GOLF``, version u16, header length u32, raw length u32, stream length u32,
-SHA-256 of all the rest (32 bytes), then one xz stream. The stream holds a JSON header (model and quantiser settings,
-tokenizer hash, training window, table of tensors) and, in the order of the table: all integers one byte each, all
-scales, all float16 values, all float32 values. There is no bit packing: the coder does it (PR 1166 section 17.5).
+Layout (integers little-endian): magic ``GOLF``, version u16, name of the coder (8 bytes, zeros after it), header length
+u32, raw length u32, stream length u32, SHA-256 of all the rest (32 bytes), then the coded stream. It holds a JSON
+header (model and quantiser settings, tokenizer hash, training window, table of tensors) and, in the order of the table:
+all integers one byte each, all scales, all float16 values, all float32 values. There is no bit packing: the coder does
+it (PR 1166 section 17.5).
 
 Nothing is unpickled, and nothing is believed: sizes are bounded before memory is taken for them, and the table must be
 exactly the tensors that the model in the header has.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,21 +26,21 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from golfbook.compress.rowwise import QuantizedTensor, dequantize
+from golfbook.compress.coders import Coder
+from golfbook.compress.quantizer import QuantizedTensor, dequantize
 from golfbook.config.schema import ModelConfig, QuantizeConfig
+from golfbook.config.tables import CODERS, named
 from golfbook.data.tokenizer import Tokenizer
 from golfbook.errors import ArtifactError
 from golfbook.files import atomic_write_bytes, canonical_json, sha256_bytes, sha256_file
-from golfbook.model.gpt import GPT
+from golfbook.model.gpt import GPT, exported
 
-MAGIC, VERSION = b"GOLF", 1
-PREFIX = struct.Struct("<4sHIII32s")
+MAGIC, VERSION = b"GOLF", 2
+PREFIX = struct.Struct("<4sH8sIII32s")
 MAX_FILE_BYTES = 2**29
 MAX_HEADER_BYTES = 2**18
 MAX_VALUES = 2**27  # numbers in a model: 134 million, five times the largest published system
 MAX_LAYERS = 512
-DECODER_BYTES = 2**27  # memory the xz decoder may ask for; preset 9 needs 65 MiB
-STEP_BYTES = 2**20
 # Code in the table -> dtype of the integers or values, dtype of the scales. "q6" and "s6" are integers of 6 bits with
 # float16 row scales, or with one float32 scale; "h" and "f" are plain float16 and float32.
 Code = Annotated[str, Field(pattern=r"^(h|f|[qs][3-8])$")]
@@ -105,12 +105,11 @@ def write_artifact(
     text = canonical_json(tree).encode()
     _check_tensors(_parse_header(text, "the model to write"), "the model to write")
     raw = b"".join([text, *_pack(ordered)])
-    stream = lzma.compress(
-        raw, format=lzma.FORMAT_XZ, check=lzma.CHECK_NONE, preset=quantize_config.lzma_preset
-    )  # the file's own SHA-256 makes xz's check superfluous
+    coder: Coder = named(CODERS, quantize_config.coder)
+    stream, name = coder.encode(raw, quantize_config.coder_level), quantize_config.coder.encode()
     lengths = (len(text), len(raw), len(stream))
-    digest = hashlib.sha256(PREFIX.pack(MAGIC, VERSION, *lengths, b"") + stream).digest()
-    data = PREFIX.pack(MAGIC, VERSION, *lengths, digest) + stream
+    digest = hashlib.sha256(PREFIX.pack(MAGIC, VERSION, name, *lengths, b"") + stream).digest()
+    data = PREFIX.pack(MAGIC, VERSION, name, *lengths, digest) + stream
     atomic_write_bytes(path, data)
     return len(data)
 
@@ -128,21 +127,21 @@ def read_artifact(path: str | Path) -> Artifact:
         raise ArtifactError(f"{path} is not a golfbook artifact: it does not begin with {MAGIC.decode()}")
     if len(data) < PREFIX.size:
         raise ArtifactError(f"{path} is damaged: it ends inside its first {PREFIX.size} bytes")
-    _, version, header_length, raw_length, stream_length, digest = PREFIX.unpack_from(data)
+    _, version, name, header_length, raw_length, stream_length, digest = PREFIX.unpack_from(data)
     if version != VERSION:
         raise ArtifactError(f"{path} has artifact version {version}, this golfbook reads version {VERSION}")
     found = len(data) - PREFIX.size
     if found != stream_length:
         raise ArtifactError(f"{path} is damaged: expected {stream_length} bytes after the prefix, found {found}")
     stream = memoryview(data)[PREFIX.size :]
-    unsigned = PREFIX.pack(MAGIC, version, header_length, raw_length, stream_length, b"")
+    unsigned = PREFIX.pack(MAGIC, version, name, header_length, raw_length, stream_length, b"")
     hasher = hashlib.sha256(unsigned)
     hasher.update(stream)
     if hasher.digest() != digest:
         raise ArtifactError(f"{path} is damaged: its checksum does not match; copy or make it again")
     if header_length > MAX_HEADER_BYTES or header_length > raw_length:
         raise ArtifactError(f"{path} declares a header of {header_length} bytes (limit {MAX_HEADER_BYTES})")
-    decoder = _Decoder(stream, path)
+    decoder = _Decoder(stream, name, path)
     header = _parse_header(decoder.read(header_length), str(path))
     _check_tensors(header, str(path))
     expected = sum(_bytes_of(code, shape) for _, code, shape in header.tensors)
@@ -185,37 +184,34 @@ def find_tokenizer(artifact_path: str | Path, artifact: Artifact, explicit: Path
 
 
 class _Decoder:
-    """Reads an xz stream in bounded pieces, so that memory follows what really arrives and not what is declared."""
+    """Reads a coded stream in the bounded pieces that its coder hands out."""
 
-    def __init__(self, stream: memoryview, path: Path) -> None:
-        self.path = path
-        self.pending: bytes | memoryview = stream
-        self.decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=DECODER_BYTES)
+    def __init__(self, stream: memoryview, name: bytes, path: Path) -> None:
+        coder = name.rstrip(b"\0").decode("ascii", "replace")
+        if coder not in CODERS:
+            raise ArtifactError(f"{path} was written with the coder '{coder}', this golfbook has {', '.join(CODERS)}")
+        found: Coder = named(CODERS, coder)
+        self.path, self.pieces, self.left = path, found.decode(stream), bytearray()
 
     def read(self, count: int) -> bytearray:
-        """Exactly ``count`` bytes."""
-        out = bytearray()
-        while len(out) < count:
-            piece = self._decompress(min(count - len(out), STEP_BYTES))
-            if not piece:
-                raise ArtifactError(f"{self.path} is damaged: its data end after {len(out)} of {count} bytes")
+        """Return exactly ``count`` bytes."""
+        out = self.left
+        while len(out) < count and (piece := self._next()):
             out += piece
+        if len(out) < count:
+            raise ArtifactError(f"{self.path} is damaged: its data end after {len(out)} of {count} bytes")
+        out, self.left = out[:count], out[count:]
         return out
 
     def finish(self) -> None:
         """Check that the stream ends here."""
-        if not self.decoder.eof and self._decompress(1):
+        if self.left or self._next():
             raise ArtifactError(f"{self.path} holds more data than it declares")
-        if not self.decoder.eof or self.decoder.unused_data:
-            raise ArtifactError(f"{self.path} is damaged: its compressed stream does not end where the file ends")
 
-    def _decompress(self, limit: int) -> bytes:
-        if self.decoder.eof:
-            return b""
-        piece, self.pending = self.pending, b""
+    def _next(self) -> bytes:
         try:
-            return self.decoder.decompress(piece, max_length=limit)
-        except (lzma.LZMAError, EOFError) as error:
+            return next(self.pieces, b"")
+        except ValueError as error:
             raise ArtifactError(f"{self.path} is damaged: {error}") from None
 
 
@@ -245,8 +241,10 @@ def _check_tensors(header: Header, where: str) -> None:
     lists = (config.recurrence, config.value_embedding.layers, config.xsa if isinstance(config.xsa, tuple) else ())
     if max(config.num_layers, *map(len, lists)) > MAX_LAYERS:
         raise ArtifactError(f"{where}: the model has more than {MAX_LAYERS} layers")
-    if config.mtp.num_heads:
-        raise ArtifactError(f"{where}: model.mtp.num_heads is {config.mtp.num_heads}; artifacts hold no training heads")
+    left_out = exported(config)
+    if left_out != config:
+        changed = [name for name in type(config).model_fields if getattr(config, name) != getattr(left_out, name)]
+        raise ArtifactError(f"{where}: model.{changed[0]} is on; artifacts hold nothing that only training uses")
     try:
         expected = {name: tuple(tensor.shape) for name, tensor in _empty_model(config).state_dict().items()}
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:  # torch refuses absurd sizes variously

@@ -1,115 +1,58 @@
 """Row-wise integer quantisation after training, by the published rule of PR 1166 and with its two doubtful parts off.
 
 A matrix row w becomes integers ``q = clamp(round(w / s), -qmax, qmax)`` with ``qmax = 2^(bits-1) - 1`` and one scale s,
-stored as float16; the decoder returns ``q * s``. Rounding is half to even. Which tensor is stored how, first match wins
-(PR 1166 section 17.1):
-
-1. up to ``passthrough_numel`` values: float16 as it is;
-2. name of a control tensor (scales, gates, residual mixes): float32 as it is. At the published limit of 65,536 values
-   no control tensor is large enough to get here;
-3. attention, MLP or other projection matrix: ``matrix_bits`` (``mlp_bits`` in MLPs) by :func:`quantize_matrix`;
-4. everything else, the embedding tables above all: ``other_bits`` by :func:`quantize_other`.
+stored as float16; the decoder returns ``q * s``. Rounding is half to even. Attention, MLP and other projection matrices
+follow :func:`quantize_matrix`, everything else (the embedding tables above all) :func:`quantize_other`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from golfbook.compress.quantizer import (
+    QuantizedTensor,
+    Statistics,
+    check_range,
+    finite,
+    stored_as,
+    unquantized,
+)
 from golfbook.config.schema import QuantizeConfig
-from golfbook.errors import RunError
+from golfbook.model.component import Storage
 
 CLIP_PERCENTILES = (0.9990, 0.9995, 0.9999, 0.99999, 1.0)  # tried for matrices (PR 1166 section 17.3)
 OTHER_PERCENTILE = 0.9999984  # clip of the published int8 rule (section 17.2)
 SMALLEST_SCALE = 2.0**-24  # smallest positive float16
-# Substrings of control-tensor names in the published scripts (PR 1166 section 11.2)
-CONTROL_NAMES = (
-    *("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight", "smear", "ve_layer_scales", "ve_shared.scale"),
-    *("attn_gate", "vr_lambda"),
-)
-Kind = Literal["int", "float16", "float32"]
 
 
-@dataclass(frozen=True, eq=False)
-class QuantizedTensor:
-    """One stored tensor.
-
-    ``kind`` "int": ``q`` is int8 of the tensor's shape with values of ``bits`` bits, and ``scale`` is float16 (rows,)
-    for a matrix, 0-D float16 or float32 otherwise. Other kinds: ``value`` holds the tensor in that dtype.
-    """
-
-    name: str
-    kind: Kind
-    bits: int
-    q: Tensor | None = None
-    scale: Tensor | None = None
-    value: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor this stands for."""
-        return tuple((self.value if self.q is None else self.q).shape)  # type: ignore[union-attr]
-
-    def dequantize(self) -> Tensor:
-        """The decoded tensor in float32, in memory of its own."""
-        if self.q is None or self.scale is None:
-            assert self.value is not None
-            return self.value.to(torch.float32, copy=True)
-        scale = self.scale.float()
-        return self.q.float() * (scale[:, None] if scale.ndim else scale)
+def percentiles(
+    state: Mapping[str, Tensor], storage: Mapping[str, Storage], config: QuantizeConfig, statistics: Statistics
+) -> dict[str, QuantizedTensor]:
+    """Quantise with five clips tried for each matrix, as PR 1166 does; needs no statistics."""
+    return {name: _tensor(name, tensor, storage[name], config, search=True) for name, tensor in state.items()}
 
 
-def route(name: str, numel: int, config: QuantizeConfig) -> Literal["float16", "float32", "matrix", "other"]:
-    """How the tensor ``name`` with ``numel`` values is stored (PR 1166 section 17.1); see the module's docstring."""
-    if numel <= config.passthrough_numel:
-        return "float16"
-    if any(part in name for part in CONTROL_NAMES):
-        return "float32"
-    if "tok_emb" in name or "lm_head" in name:
-        return "other"
-    return "matrix" if any(part in name for part in (".mlp.", ".attn.", ".proj.")) else "other"
+def row_maximum(
+    state: Mapping[str, Tensor], storage: Mapping[str, Storage], config: QuantizeConfig, statistics: Statistics
+) -> dict[str, QuantizedTensor]:
+    """Quantise matrices without a clip, as PR 1170 and 1232 do; needs no statistics."""
+    return {name: _tensor(name, tensor, storage[name], config, search=False) for name, tensor in state.items()}
 
 
-@torch.no_grad()
-def quantize_state(state: Mapping[str, Tensor], config: QuantizeConfig) -> dict[str, QuantizedTensor]:
-    """Quantise a state dict of float tensors; the order of names is kept.
-
-    Raises :class:`RunError` naming the tensor that is not finite, not a float tensor, or too large for float16.
-    """
-    return {name: quantize_tensor(name, tensor.detach().cpu(), config) for name, tensor in state.items()}
-
-
-def quantize_tensor(name: str, tensor: Tensor, config: QuantizeConfig) -> QuantizedTensor:
-    """Quantise one float tensor of a state dict on its own device; raises what :func:`quantize_state` raises."""
-    if not tensor.is_floating_point():
-        raise RunError(f"cannot store tensor '{name}': expected float values, found {tensor.dtype}")
-    weight = tensor.float().contiguous()
-    if not torch.isfinite(weight).all():
-        raise RunError(f"cannot quantise tensor '{name}': it holds values that are not finite (diverged training?)")
-    kind = route(name, weight.numel(), config)
-    if kind == "float32":
-        return QuantizedTensor(name, "float32", 32, value=weight.clone())
-    if kind == "float16":
-        half = weight.half()
-        _check_range(name, weight, half)
-        return QuantizedTensor(name, "float16", 16, value=half)
-    if kind == "matrix":
-        bits = (config.mlp_bits if ".mlp." in name else 0) or config.matrix_bits
-        q, scale = quantize_matrix(weight, bits, clip_search=config.clip_search, scale_floor=config.scale_floor)
-    else:
-        bits = config.other_bits
+def _tensor(name: str, tensor: Tensor, storage: Storage, config: QuantizeConfig, search: bool) -> QuantizedTensor:
+    weight = finite(name, tensor)
+    kind, bits = stored_as(storage, weight.numel(), config)
+    if kind != "int":
+        return unquantized(name, weight, kind)
+    if storage == "other":
         q, scale = quantize_other(weight, bits, scale_floor=config.scale_floor)
-    _check_range(name, weight, scale)
+    else:
+        q, scale = quantize_matrix(weight, bits, clip_search=search, scale_floor=config.scale_floor)
+    check_range(name, weight, scale)
     return QuantizedTensor(name, "int", bits, q=q, scale=scale)
-
-
-def dequantize(quantized: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
-    """Decode to float32 tensors on the CPU: exactly what a reader of the artifact gets."""
-    return {name: tensor.dequantize() for name, tensor in quantized.items()}
 
 
 def quantize_matrix(
@@ -182,14 +125,6 @@ def row_quantiles(matrix: Tensor, quantiles: Sequence[float]) -> Tensor:
     largest = matrix.topk(last + 1 - int(below.min()), dim=1).values
     low, high = largest[:, last - below], largest[:, last - ranks.ceil().long()]
     return low.lerp(high, ranks - below).T
-
-
-def _check_range(name: str, weight: Tensor, stored: Tensor) -> None:
-    if not torch.isfinite(stored).all():
-        raise RunError(
-            f"cannot quantise tensor '{name}': its largest magnitude {weight.abs().max().item():.3g} does not fit "
-            "float16, whose largest number is 65504 (diverged training?)"
-        )
 
 
 def _floor(qmax: int, scale_floor: bool) -> float:

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from golfbook.config.tables import CODERS, QUANTIZERS, require
+from golfbook.errors import ConfigError
 from golfbook.files import canonical_json, sha256_bytes
 
 LARGEST = 2**63 - 1  # what a table of results holds in a column of integers; torch and numpy take any seed up to it
@@ -307,12 +309,27 @@ class QuantizeConfig(Section):
     matrix_bits: Annotated[int, Field(ge=3, le=8)] = Field(6, description="attention and MLP matrices")
     mlp_bits: Literal[0, 3, 4, 5, 6, 7, 8] = Field(0, description="MLP matrices, where they differ; 0: matrix_bits")
     other_bits: Annotated[int, Field(ge=3, le=8)] = Field(8, description="embedding tables and other large matrices")
-    clip_search: bool = Field(True, description="try five clip percentiles a tensor (PR 1166); off: row maximum")
+    quantizer: str = Field(
+        "percentiles",
+        description="percentiles: try five clips a matrix (PR 1166); row_maximum: no clip (PR 1170, 1232)",
+    )
     scale_floor: bool = Field(
         True, description="published rule: no row scale below 1/qmax; off: the scale the row needs"
     )
     passthrough_numel: NonNegative = Field(65536, description="tensors up to this size are stored as float16")
-    lzma_preset: Annotated[int, Field(ge=0, le=9)] = 6
+    coder: str = Field("xz", description="what compresses the artifact: xz (PR 1166, 1406) or zstd (PR 1170, 1232)")
+    coder_level: Annotated[int, Field(ge=0, le=22)] = Field(6, description="effort of the coder; xz: at most 9")
+
+    @model_validator(mode="after")
+    def _check(self) -> QuantizeConfig:
+        try:
+            require(QUANTIZERS, self.quantizer, "quantize.quantizer")
+            require(CODERS, self.coder, "quantize.coder")
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if self.coder == "xz" and self.coder_level > 9:
+            raise ValueError(f"quantize.coder_level {self.coder_level} is more than the 9 that xz has")
+        return self
 
 
 class ScoreConfig(Section):

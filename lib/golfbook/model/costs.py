@@ -23,11 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from golfbook.config.schema import ModelConfig
 from golfbook.model.attention import causal_attention
+from golfbook.model.component import Component
 from golfbook.model.gpt import GPT, exported
 from golfbook.model.ttt_scan import GROUP
-
-# A fused attention kernel computes five products in its backward pass (it makes the scores again), two in its forward.
-ATTENTION_BACKWARD = 2.5
 
 
 @dataclass(frozen=True)
@@ -54,53 +52,24 @@ class Flops:
 def per_sequence(model: ModelConfig, length: int, *, causal: bool = False, training: bool = True) -> Flops:
     """Operations of one sequence of ``length`` tokens; whole numbers.
 
-    ``training`` adds what only a training step computes: the flow-matching loss and heads for later targets. What is
-    computed once a call (the time embedding of NativeFlowMatcher) counts once a sequence.
+    Each component says what it computes. ``training`` adds what only a training step does: the flow-matching loss and
+    heads for later targets. What is computed once a call (NativeFlowMatcher's time embedding) counts once a sequence.
     """
-    dim, kv, heads = model.model_dim, model.num_kv_heads * model.head_dim, model.num_heads
-    applied = model.num_layers + len(model.recurrence)
     pairs = length * (length + 1) // 2 if causal else length * length
     forward: dict[str, float] = {}
     backward: dict[str, float] = {}
-
-    def add(name: str, operations: float, times: float = 2) -> None:
-        if operations:
-            forward[name] = forward.get(name, 0) + operations
-            backward[name] = backward.get(name, 0) + times * operations
-
-    def linear(name: str, tokens: int, inputs: int, outputs: int, times: float = 2) -> None:
-        add(name, 2 * tokens * inputs * outputs, times)  # backward: the gradients of input and weight, one product each
-
-    linear("attention matrices", length * applied, dim, 2 * dim + 2 * kv)
-    add("attention products", 4 * pairs * dim * applied, ATTENTION_BACKWARD)
-    linear("MLP", length * applied, dim, 2 * int(model.mlp_mult * dim))
-    linear("head", length, dim, model.vocab_size)
-    if model.bigram.vocab_size:
-        linear("bigram", length, model.bigram.dim, dim)
-    if model.value_embedding_layers:
-        linear("value embedding", length, model.value_embedding.dim, kv)
-    if model.gated_attention:
-        linear("gates", length * applied, dim, heads)
-    if model.depth_gate:
-        linear("gates", length * applied, dim, 1, times=1)  # its input gets no gradient
-    if model.ttt_linear.enabled:
-        size, width = model.ttt_linear.mini_batch, dim // model.ttt_linear.num_heads
-        used = length - length % size
-        linear("TTT-Linear", used, dim, 4 * dim)
-        add("TTT-Linear", used * dim * (6 * width + 4 * size), 3)  # backward: the forward again, and twice as much
-    if model.flow.enabled:
-        linear("FlowRefiner", length, model.flow.latent_dim, 2 * dim + 2 * model.flow.hidden_dim)
-    if model.native_flow.enabled:
-        hidden = model.native_flow.hidden_dim
-        linear("NativeFlowMatcher", length, dim, 2 * hidden)
-        linear("NativeFlowMatcher", 1, dim, hidden, times=1)  # the embedding of t = 1
-        if training:  # the matching loss at random times, whose inputs get no gradient
-            linear("NativeFlowMatcher", length, dim, 2 * hidden, times=1)
-            linear("NativeFlowMatcher", length, dim, hidden)
-    if training:
-        for ahead in range(1, model.mtp.num_heads + 1):
-            linear("later targets", max(length - ahead, 0), dim, model.vocab_size)
+    for module in _network(model).modules():
+        for work in module.work(length, pairs, training) if isinstance(module, Component) else ():
+            if work.forward:
+                forward[work.label] = forward.get(work.label, 0) + work.forward
+                backward[work.label] = backward.get(work.label, 0) + work.backward
     return Flops(forward, backward)
+
+
+@functools.lru_cache(maxsize=256)
+def _network(model: ModelConfig) -> GPT:
+    with torch.device("meta"):
+        return GPT(model)
 
 
 def per_token(model: ModelConfig, length: int, *, causal: bool = False, training: bool = True) -> Flops:

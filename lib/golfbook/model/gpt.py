@@ -6,6 +6,8 @@ published systems' export names (one matrix a tensor, PR 1166 section 13), in th
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -13,17 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from golfbook.config.schema import ModelConfig, MTPConfig
-from golfbook.model.attention import Backend
+from golfbook.compute import Backend
+from golfbook.config.schema import ModelConfig
+from golfbook.model.component import ZERO, Component, Facts, Work, facts_of, normal, product
 from golfbook.model.cross_entropy import softcapped_cross_entropy
 from golfbook.model.kernels import add_scaled, rms_norm
-from golfbook.model.layers import Attention, BigramHash, Block, SmearGate, ValueEmbedding
-from golfbook.model.refiners import FlowRefiner, NativeFlowMatcher, TTTLinear
+from golfbook.model.layers import CONTROL, Attention, BigramHash, Block, SmearGate, ValueEmbedding, table
+from golfbook.model.refiners import FlowRefiner, LaterTargets, NativeFlowMatcher, Refiner, TTTLinear
 
+# Added to the final state in this order, where the configuration wants them.
+REFINERS: dict[str, type[Refiner]] = {
+    "ttt_refiner": TTTLinear,
+    "flow_refiner": FlowRefiner,
+    "native_flow": NativeFlowMatcher,
+}
 BOS_ID = 1  # the id that starts every document, in the challenge's tokenizer and in ours
 
 
-class GPT(nn.Module):
+class GPT(Component):
     """Decoder-only transformer with U-Net skips, hashed bigrams and optional refiners (PR 1166 section 4).
 
     Built with the values of :func:`initialise` still to be drawn; on the meta device this costs nothing.
@@ -47,18 +56,37 @@ class GPT(nn.Module):
         if config.value_embedding_layers:
             self.ve_shared = ValueEmbedding(config)
             self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in config.value_embedding_layers)
-        if config.ttt_linear.enabled:
-            self.ttt_refiner = TTTLinear(config)
-        if config.flow.enabled:
-            self.flow_refiner = FlowRefiner(config)
-        if config.native_flow.enabled:
-            self.native_flow = NativeFlowMatcher(config)
+        for name, refiner in REFINERS.items():
+            if refiner.wanted(config):
+                self.add_module(name, refiner(config))
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(dim, config.vocab_size, bias=False)
         if config.mtp.num_heads:
-            self.mtp_heads = nn.ModuleList(
-                nn.Linear(dim, config.vocab_size, bias=False) for _ in range(config.mtp.num_heads)
-            )
+            self.mtp_heads = LaterTargets(config)
+
+    def facts(self) -> dict[str, Facts]:
+        found = {"tok_emb.weight": table(normal(self.config.tied_embed_init_std))}
+        if hasattr(self, "skip_weights"):
+            found["skip_weights"] = CONTROL
+        found |= {f"ve_layer_scales.{i}": CONTROL for i in range(len(self.config.value_embedding_layers))}
+        return found if self.config.tie_embeddings else found | {"lm_head.weight": Facts("head", draw=ZERO)}
+
+    def work(self, length: int, pairs: int, training: bool) -> Iterable[Work]:
+        for block in self.config.recurrent_layers:  # each block's own work is counted once already
+            for module in self.blocks[block].modules():
+                if isinstance(module, Component):
+                    yield from module.work(length, pairs, training)
+        yield product("head", length, self.config.model_dim, self.config.vocab_size)
+
+    @property
+    def refiners(self) -> list[Refiner]:
+        """Return the refiners that the model has, in the order in which they are added."""
+        return [cast(Refiner, getattr(self, name)) for name in REFINERS if hasattr(self, name)]
+
+    @property
+    def draws_numbers(self) -> bool:
+        """Return whether the training loss takes random numbers."""
+        return any(refiner.draws_numbers for refiner in self.refiners)
 
     def use_attention(self, backend: Backend) -> None:
         """Let all blocks compute attention by ``backend``, see :mod:`golfbook.model.attention`."""
@@ -72,8 +100,10 @@ class GPT(nn.Module):
         ``length`` >= T computes what the first T positions of an input of that length have: the rotary base depends on
         it. With TTT-Linear T must be a multiple of its mini-batch for that.
         """
-        x = self._refine(self._trunk(tokens, length))
-        return x + self.native_flow(x) if self.config.native_flow.enabled else x
+        x = self._trunk(tokens, length)
+        for refiner in self.refiners:
+            x = x + refiner(x)
+        return x
 
     def _trunk(self, tokens: Tensor, length: int | None = None) -> Tensor:
         config = self.config
@@ -115,14 +145,6 @@ class GPT(nn.Module):
                 x, _ = run(i, x)
         return rms_norm(x)
 
-    def _refine(self, x: Tensor) -> Tensor:
-        config = self.config
-        if config.ttt_linear.enabled:
-            x = x + self.ttt_refiner(x)
-        if config.flow.enabled:
-            x = x + self.flow_refiner(x)
-        return x
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Map states (..., D) to soft-capped float32 logits (..., V): ``cap * tanh(z / cap)``."""
         cap = self.config.logit_softcap
@@ -140,21 +162,15 @@ class GPT(nn.Module):
 
         In training mode the auxiliary losses are added: flow matching and multi-token prediction, each by its weight.
         """
-        config = self.config
-        x = self._refine(self._trunk(tokens))
+        x = self._trunk(tokens)
         auxiliary = torch.zeros((), device=x.device)
-        if config.native_flow.enabled:
-            if self.training:
-                auxiliary = config.native_flow.loss_weight * self.native_flow.matching_loss(x)
-            x = x + self.native_flow(x)
-        if config.mtp.num_heads and self.training:
-            heads = [self._mtp_loss(x, targets, ahead) for ahead in range(1, config.mtp.num_heads + 1)]
-            auxiliary = auxiliary + config.mtp.loss_weight * torch.stack(heads).mean()
-        return softcapped_cross_entropy(x, self._head(), targets, config.logit_softcap) + auxiliary
-
-    def _mtp_loss(self, x: Tensor, targets: Tensor, ahead: int) -> Tensor:
-        head = cast(nn.Linear, self.mtp_heads[ahead - 1])
-        return softcapped_cross_entropy(x[:, :-ahead], head.weight, targets[:, ahead:], self.config.logit_softcap)
+        for refiner in self.refiners:
+            own = refiner.auxiliary_loss(x) if self.training else None
+            auxiliary = auxiliary if own is None else auxiliary + own
+            x = x + refiner(x)
+        if self.config.mtp.num_heads and self.training:
+            auxiliary = auxiliary + self.mtp_heads.loss(x, targets)
+        return softcapped_cross_entropy(x, self._head(), targets, self.config.logit_softcap) + auxiliary
 
     def _value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
         layers = self.config.value_embedding_layers
@@ -168,50 +184,37 @@ class GPT(nn.Module):
 def initialise(model: GPT, seed: int) -> GPT:
     """Draw the published initial weights (PR 1166 section 12) from ``seed``; returns ``model``.
 
-    Matrices of linear maps are semi-orthogonal, output projections zero, token embeddings N(0, 0.005^2). The generator
-    is local, so the same seed gives the same weights whatever ran before. Below the published sizes this differs from
-    the published code in one place: it would leave the two ``proj`` of the hashed and value embeddings at zero, where
-    the zero table behind the first would never get a gradient.
+    Matrices of linear maps are semi-orthogonal, output projections zero, token embeddings N(0, 0.005^2): each component
+    says so of its own tensors. The generator is local, so the same seed gives the same weights whatever ran before.
+    Below the published sizes this differs from the published code in one place: it would leave the two ``proj`` of the
+    hashed and value embeddings at zero, where the zero table behind the first would never get a gradient.
     """
     generator = torch.Generator().manual_seed(seed)
-    config = model.config
-    zero = {"attn.proj", "mlp.proj", "attn.attn_gate", "dtg_gate", "lm_head", "ttt_refiner.o_proj"}
-    zero |= {"flow_refiner.velocity_net.2", "native_flow.v_out"}
-    biases = {"attn.attn_gate": 4.0, "dtg_gate": 2.0}
-    small = {"flow_refiner": config.flow.init_scale, "native_flow": config.native_flow.init_scale}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            role = name.split(".", 2)[2] if name.startswith("blocks.") else name
-            if module.bias is not None:
-                module.bias.fill_(biases.get(role, 0.0))
-            owner = role.split(".")[0]
-            if role in zero or owner == "mtp_heads":
-                module.weight.zero_()
-            elif owner in small and min(module.weight.shape) < 64:
-                # the published final sweep turns only matrices of at least 64 x 64 orthogonal
-                module.weight.normal_(0.0, small[owner], generator=generator)
-            else:
-                nn.init.orthogonal_(module.weight, generator=generator)
-    model.tok_emb.weight.normal_(0.0, config.tied_embed_init_std, generator=generator)
-    if config.bigram.vocab_size:
-        model.bigram.embed.weight.zero_()
-        if config.bigram.scaled_init:
-            model.bigram.proj.weight.mul_((2 * config.num_layers) ** -0.5)
-    if config.value_embedding_layers:
-        model.ve_shared.embed.weight.normal_(0.0, 0.01, generator=generator)
-    if config.ttt_linear.enabled:
-        model.ttt_refiner.W1.normal_(0.0, 0.02, generator=generator)
+    linear = {f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, nn.Linear) for p, _ in m.named_parameters()}
+    facts = facts_of(model)
+    for name in (*(n for n in facts if n in linear), *(n for n in facts if n not in linear)):
+        draw = facts[name].draw
+        if draw is not None:
+            draw(model.get_parameter(name), generator)
     return model
 
 
 def exported(config: ModelConfig) -> ModelConfig:
-    """The architecture without what only training uses: the heads of multi-token prediction."""
-    return config.model_copy(update={"mtp": MTPConfig()})
+    """Return the architecture without what only training uses: the heads of multi-token prediction."""
+    return config.model_copy(update=LaterTargets.OFF)
 
 
 def exported_state(model: GPT) -> dict[str, Tensor]:
-    """The model's tensors that :func:`exported` needs, by name."""
-    return {name: value for name, value in model.state_dict().items() if not name.startswith("mtp_heads.")}
+    """Return the model's tensors that :func:`exported` needs, by name."""
+    facts = facts_of(model)
+    return {name: value for name, value in model.state_dict().items() if not facts[name].training_only}
+
+
+@functools.lru_cache(maxsize=64)
+def model_facts(config: ModelConfig) -> dict[str, Facts]:
+    """Return the facts of every tensor of a model by name; nothing is allocated."""
+    with torch.device("meta"):
+        return facts_of(GPT(config))
 
 
 def parameter_table(config: ModelConfig) -> dict[str, int]:

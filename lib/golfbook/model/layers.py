@@ -8,14 +8,28 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from golfbook.compute import Backend
 from golfbook.config.schema import ModelConfig
-from golfbook.model.attention import Backend, causal_attention
+from golfbook.model.attention import causal_attention
+from golfbook.model.component import ZERO, Component, Draw, Facts, Work, constant, normal, orthogonal, product
 from golfbook.model.kernels import add_scaled, mix, normed_heads, remove_own_value, rms_norm, squared_leaky_relu
+
+# A fused attention kernel computes five products in its backward pass (it makes the scores again), two in its forward.
+ATTENTION_BACKWARD = 2.5
+CONTROL = Facts(storage="control")
+MATRIX = Facts("matrix", "matrix", orthogonal)
+OUTPUT = Facts("matrix", "matrix", ZERO)  # a block starts as the identity
+
+
+def table(draw: Draw) -> Facts:
+    """Return the facts of a table with a row a token."""
+    return Facts("embed", draw=draw, dtype=torch.bfloat16)
 
 
 @functools.lru_cache(maxsize=16)
@@ -37,7 +51,7 @@ def rope_tables(
         return angles.cos(), angles.sin()
 
 
-class Attention(nn.Module):
+class Attention(Component):
     """Causal grouped-query attention with QK norm, partial RoPE and a per-head query gain (PR 1166 section 5).
 
     Options: exclusive self-attention, a per-head output gate, and mixing in the values of layer 0 (PR 1170).
@@ -61,6 +75,27 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=False)
         if config.gated_attention:
             self.attn_gate = nn.Linear(dim, config.num_heads, bias=True)
+
+    def facts(self) -> dict[str, Facts]:
+        found = {f"{name}.weight": MATRIX for name in ("c_q", "c_k", "c_v")} | {
+            "proj.weight": OUTPUT,
+            "q_gain": CONTROL,
+        }
+        if self.config.value_residual == "lambda":
+            found["vr_lambda"] = CONTROL
+        elif self.config.value_residual == "alpha":
+            found["vrl_alpha"] = Facts(storage="matrix")
+        if self.config.gated_attention:
+            found |= {"attn_gate.weight": Facts(storage="control", draw=ZERO)}
+            found |= {"attn_gate.bias": Facts(storage="control", draw=constant(4.0))}
+        return found
+
+    def work(self, length: int, pairs: int, training: bool) -> Iterable[Work]:
+        dim, kv_dim = self.config.model_dim, self.c_k.out_features
+        yield product("attention matrices", length, dim, 2 * dim + 2 * kv_dim)
+        yield Work("attention products", 4 * pairs * dim, 4 * pairs * dim * ATTENTION_BACKWARD)
+        if self.config.gated_attention:
+            yield product("gates", length, dim, self.config.num_heads)
 
     def forward(
         self,
@@ -98,7 +133,7 @@ class Attention(nn.Module):
         return self.proj(y.reshape(batch, time, -1)), raw
 
 
-class MLP(nn.Module):
+class MLP(Component):
     """``W_proj leaky(W_fc x)^2``: with the published slope 0.5, z^2 above zero and z^2/4 below (PR 1166 s. 4.2)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -108,18 +143,27 @@ class MLP(nn.Module):
         self.fc = nn.Linear(config.model_dim, hidden, bias=False)
         self.proj = nn.Linear(hidden, config.model_dim, bias=False)
 
+    def facts(self) -> dict[str, Facts]:
+        return {"fc.weight": Facts("matrix", "mlp", orthogonal), "proj.weight": Facts("matrix", "mlp", ZERO)}
+
+    def work(self, length: int, pairs: int, training: bool) -> Iterable[Work]:
+        yield product("MLP", length, self.fc.in_features, 2 * self.fc.out_features)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         return self.proj(squared_leaky_relu(self.fc(x), self.slope))
 
 
-class Canon(nn.Module):
+class Canon(Component):
     """``x_t + sigmoid(l) sum_k w_k x_{t-k}``, zeros before the sequence, w = 0 at first (PR 1170 section 4.1)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.canon.kernel, config.model_dim))
         self.delta_gate_logit = nn.Parameter(torch.tensor(config.canon.gate_init))
+
+    def facts(self) -> dict[str, Facts]:
+        return {"weight": Facts(), "delta_gate_logit": Facts()}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
@@ -129,7 +173,7 @@ class Canon(nn.Module):
         return x + torch.sigmoid(self.delta_gate_logit).to(x.dtype) * mixed
 
 
-class Block(nn.Module):
+class Block(Component):
     """One layer: residual mix with the embedding stream, attention, MLP (PR 1166 section 4.1).
 
     ``u = r0 x + r1 x0``; ``y = u + alpha Attn(s rms(u))``; ``out = y + beta MLP(s rms(y))`` with s = 1/sqrt(layer+1).
@@ -149,6 +193,16 @@ class Block(nn.Module):
             self.canon_a, self.canon_c = Canon(config), Canon(config)
         if config.depth_gate:
             self.dtg_gate = nn.Linear(dim, 1)
+
+    def facts(self) -> dict[str, Facts]:
+        found = dict.fromkeys(("attn_scale", "mlp_scale", "resid_mix"), CONTROL)
+        if hasattr(self, "dtg_gate"):
+            found |= {"dtg_gate.weight": Facts(draw=ZERO), "dtg_gate.bias": Facts(draw=constant(2.0))}
+        return found
+
+    def work(self, length: int, pairs: int, training: bool) -> Iterable[Work]:
+        if hasattr(self, "dtg_gate"):
+            yield product("gates", length, self.dtg_gate.in_features, 1, times=1)  # its input gets no gradient
 
     def forward(
         self,
@@ -172,7 +226,7 @@ class Block(nn.Module):
         return getattr(self, f"canon_{place}")(x) if hasattr(self, "canon_a") else x
 
 
-class BigramHash(nn.Module):
+class BigramHash(Component):
     """Embedding of the (previous, current) token pair by a hash into a small table (PR 1166 section 4 step 2).
 
     Row ``h = ((36313 t) xor (27191 t_prev)) mod (rows - 1)``; the last row serves position 0 of every sequence. With
@@ -182,9 +236,24 @@ class BigramHash(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.rows, self.trigram = config.bigram.vocab_size, config.bigram.trigram
+        self.proj_scale = (2 * config.num_layers) ** -0.5 if config.bigram.scaled_init else 1.0
         self.scale = nn.Parameter(torch.tensor(0.05))
         self.embed = nn.Embedding(self.rows, config.bigram.dim)
         self.proj = nn.Linear(config.bigram.dim, config.model_dim, bias=False)
+
+    def facts(self) -> dict[str, Facts]:
+        return {
+            "scale": Facts(),
+            "embed.weight": table(ZERO),
+            "proj.weight": Facts(storage="matrix", draw=self._draw_proj),
+        }
+
+    def work(self, length: int, pairs: int, training: bool) -> Iterable[Work]:
+        yield product("bigram", length, self.proj.in_features, self.proj.out_features)
+
+    def _draw_proj(self, tensor: Tensor, generator: torch.Generator) -> None:
+        orthogonal(tensor, generator)
+        tensor.mul_(self.proj_scale)
 
     def rows_of(self, tokens: Tensor, order: int = 2) -> Tensor:
         """Table rows (B, T) int64 of the last ``order`` tokens at each position of ``tokens`` (B, T) int64."""
@@ -202,7 +271,7 @@ class BigramHash(nn.Module):
         return self.scale.to(vectors.dtype) * vectors
 
 
-class SmearGate(nn.Module):
+class SmearGate(Component):
     """Mix each position with its predecessor: ``(1-g) x_t + g x_{t-1}``, g = sigmoid(gate), x_{-1} = 0 (PR 1166).
 
     With ``starts`` given, the predecessor of a document's first token counts as zero too, so that nothing crosses a
@@ -213,6 +282,9 @@ class SmearGate(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(config.model_dim))
 
+    def facts(self) -> dict[str, Facts]:
+        return {"gate": CONTROL}
+
     def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D); ``starts`` (B, T) bool marks the first token of each document."""
         gate, before = torch.sigmoid(self.gate).to(x.dtype), F.pad(x, (0, 0, 1, -1))
@@ -221,7 +293,7 @@ class SmearGate(nn.Module):
         return (1 - gate) * x + gate * before
 
 
-class ValueEmbedding(nn.Module):
+class ValueEmbedding(Component):
     """A second token embedding, as wide as the values, shared by the layers that add it (PR 1166 section 7)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -229,6 +301,13 @@ class ValueEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.1))
         self.embed = nn.Embedding(config.vocab_size, config.value_embedding.dim)
         self.proj = nn.Linear(config.value_embedding.dim, config.num_kv_heads * config.head_dim, bias=False)
+
+    def facts(self) -> dict[str, Facts]:
+        proj = Facts(storage="matrix", draw=orthogonal)
+        return {"scale": CONTROL, "embed.weight": table(normal(0.01)), "proj.weight": proj}
+
+    def work(self, length: int, pairs: int, training: bool) -> Iterable[Work]:
+        yield product("value embedding", length, self.proj.in_features, self.proj.out_features)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map token ids (B, T) to (B, T, K*d)."""

@@ -1,4 +1,4 @@
-"""Modules that refine the normalised state just before the output head: TTT-Linear, FlowRefiner, NativeFlowMatcher.
+"""What stands between the last norm and the output head: TTT-Linear, FlowRefiner, NativeFlowMatcher, later targets.
 
 "TTT-Linear" is an architecture: a layer whose weights take gradient steps inside the forward pass. It is not the
 test-time training of whole models on text that has been scored already.
@@ -7,16 +7,51 @@ test-time training of whole models on text that has been scored already.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from golfbook.config.schema import ModelConfig
+from golfbook.config.schema import ModelConfig, MTPConfig
+from golfbook.model.component import ZERO, Component, Draw, Facts, Work, normal, orthogonal, product
+from golfbook.model.cross_entropy import softcapped_cross_entropy
 from golfbook.model.ttt_scan import LN_EPS, ttt_scan
 
 
-class TTTLinear(nn.Module):
+def matrix(draw: Draw | None = None) -> Facts:
+    """Return the facts of a refiner's matrix."""
+    return Facts(draw=draw, dtype=torch.bfloat16)
+
+
+def low_rank(module: nn.Linear, std: float, draw: Draw = orthogonal) -> Facts:
+    """Return the facts of a matrix that starts small where a side is below 64.
+
+    The published final sweep over the weights turns only matrices of at least 64 x 64 orthogonal.
+    """
+    return matrix(normal(std) if draw is orthogonal and min(module.weight.shape) < 64 else draw)
+
+
+class Refiner(Component):
+    """Something that is added to the final state, between the last norm and the output head.
+
+    It is built where ``wanted(config)`` says so. Some have a loss of their own, which joins the model's in training.
+    """
+
+    draws_numbers = False  # whether its loss takes random numbers, from torch's global generator
+
+    @classmethod
+    def wanted(cls, config: ModelConfig) -> bool:
+        """Return whether a model of this configuration has it."""
+        raise NotImplementedError
+
+    def auxiliary_loss(self, x: Tensor) -> Tensor | None:
+        """Return the weighted loss of its own at states ``x`` (B, T, D) before refinement, a scalar; None: has none."""
+        return None
+
+
+class TTTLinear(Refiner):
     """End-to-end TTT-Linear refiner (PR 1166 section 8): a linear map per head, trained while it reads the sequence.
 
     Every sequence starts from (W1, b1). In mini-batches of ``mini_batch`` tokens the map takes one gradient step on
@@ -40,6 +75,21 @@ class TTTLinear(nn.Module):
         self.theta_Q = nn.Linear(dim, dim, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
         self.post_norm = nn.LayerNorm(dim, eps=LN_EPS)
+
+    @classmethod
+    def wanted(cls, config: ModelConfig) -> bool:
+        return config.ttt_linear.enabled
+
+    def facts(self) -> dict[str, Facts]:
+        maps = {f"theta_{x}.weight": matrix(orthogonal) for x in "KVQ"} | {"o_proj.weight": matrix(ZERO)}
+        state = {"W1": matrix(normal(0.02)), "b1": matrix(), "ttt_ln_w": matrix(), "ttt_ln_b": matrix()}
+        return maps | state | dict.fromkeys(("gate", "post_norm.weight", "post_norm.bias"), Facts())
+
+    def work(self, length: int, pairs: int, training: bool) -> Iterable[Work]:
+        dim, used = self.heads * self.width, length - length % self.mini_batch
+        yield product("TTT-Linear", used, dim, 4 * dim)
+        steps = used * dim * (6 * self.width + 4 * self.mini_batch)
+        yield Work("TTT-Linear", steps, 3 * steps)  # backward: the forward again, and twice as much
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to the correction (B, T, D) that is added to ``x``. T below one mini-batch gives zeros."""
@@ -65,7 +115,7 @@ class TTTLinear(nn.Module):
         return F.pad(refined, (0, 0, 0, time - used)) if used < time else refined
 
 
-class FlowRefiner(nn.Module):
+class FlowRefiner(Refiner):
     """Gated low-rank residual map ``sigmoid(gate) W_u (z + W_2 gelu(W_1 z + b_1) + b_2)``, z = W_d x (PR 1166 s. 9).
 
     Despite its name it has no flow-matching objective and no time variable.
@@ -74,10 +124,32 @@ class FlowRefiner(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim, latent, hidden = config.model_dim, config.flow.latent_dim, config.flow.hidden_dim
+        self.hidden, self.init_scale = hidden, config.flow.init_scale
         self.gate = nn.Parameter(torch.tensor(-5.0))
         self.down_proj = nn.Linear(dim, latent, bias=False)
         self.velocity_net = nn.Sequential(nn.Linear(latent, hidden), nn.GELU(), nn.Linear(hidden, latent))
         self.up_proj = nn.Linear(latent, dim, bias=False)
+
+    @classmethod
+    def wanted(cls, config: ModelConfig) -> bool:
+        return config.flow.enabled
+
+    def facts(self) -> dict[str, Facts]:
+        first, last = self.velocity_net[0], self.velocity_net[2]
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        return {
+            "gate": Facts(),
+            "down_proj.weight": low_rank(self.down_proj, self.init_scale),
+            "velocity_net.0.weight": low_rank(first, self.init_scale),
+            "velocity_net.0.bias": Facts(draw=ZERO),
+            "velocity_net.2.weight": low_rank(last, self.init_scale, ZERO),
+            "velocity_net.2.bias": Facts(draw=ZERO),
+            "up_proj.weight": low_rank(self.up_proj, self.init_scale),
+        }
+
+    def work(self, length: int, pairs: int, training: bool) -> Iterable[Work]:
+        latent, dim = self.down_proj.weight.shape
+        yield product("FlowRefiner", length, latent, 2 * dim + 2 * self.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to the correction (B, T, D) that is added to ``x``."""
@@ -85,7 +157,7 @@ class FlowRefiner(nn.Module):
         return torch.sigmoid(self.gate) * self.up_proj(z + self.velocity_net(z))
 
 
-class NativeFlowMatcher(nn.Module):
+class NativeFlowMatcher(Refiner):
     """Velocity field ``v(x, t) = W_out gelu(W_in x + b_in + gelu(W_t e(t) + b_t))`` (PR 1170 section 10).
 
     The correction is one Euler step at t = 1, ``sigmoid(gate) v(x, 1)``. Training adds the conditional flow-matching
@@ -93,14 +165,40 @@ class NativeFlowMatcher(nn.Module):
     a mere rescaling; the published runs were worse with it.
     """
 
+    draws_numbers = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim, hidden = config.model_dim, config.native_flow.hidden_dim
-        self.dim = dim
+        self.dim, self.config = dim, config.native_flow
         self.gate = nn.Parameter(torch.tensor(-5.0))
         self.time_proj = nn.Sequential(nn.Linear(dim, hidden), nn.GELU())
         self.v_in = nn.Linear(dim, hidden)
         self.v_out = nn.Linear(hidden, dim, bias=False)
+
+    @classmethod
+    def wanted(cls, config: ModelConfig) -> bool:
+        return config.native_flow.enabled
+
+    def facts(self) -> dict[str, Facts]:
+        time = self.time_proj[0]
+        assert isinstance(time, nn.Linear)
+        return {
+            "gate": Facts(),
+            "time_proj.0.weight": low_rank(time, self.config.init_scale),
+            "time_proj.0.bias": Facts(draw=ZERO),
+            "v_in.weight": low_rank(self.v_in, self.config.init_scale),
+            "v_in.bias": Facts(draw=ZERO),
+            "v_out.weight": matrix(ZERO),
+        }
+
+    def work(self, length: int, pairs: int, training: bool) -> Iterable[Work]:
+        dim, hidden = self.dim, self.config.hidden_dim
+        yield product("NativeFlowMatcher", length, dim, 2 * hidden)
+        yield product("NativeFlowMatcher", 1, dim, hidden, times=1)  # the embedding of t = 1
+        if training:  # the matching loss at random times, whose inputs get no gradient
+            yield product("NativeFlowMatcher", length, dim, 2 * hidden, times=1)
+            yield product("NativeFlowMatcher", length, dim, hidden)
 
     def time_embedding(self, t: Tensor) -> Tensor:
         """Map times (...) to ``[sin(t f_k), cos(t f_k)]`` (..., D), f_k from 1 down to 1/10000, in float32."""
@@ -118,6 +216,9 @@ class NativeFlowMatcher(nn.Module):
         """Map (B, T, D) to the correction (B, T, D) that is added to ``x``."""
         return torch.sigmoid(self.gate) * self.velocity(x, torch.ones((), device=x.device))
 
+    def auxiliary_loss(self, x: Tensor) -> Tensor:
+        return self.config.loss_weight * self.matching_loss(x)
+
     def matching_loss(self, x: Tensor, t: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """Mean squared error of the velocity at random times against ``x - z``; float32 scalar, no gradient to ``x``.
 
@@ -128,3 +229,31 @@ class NativeFlowMatcher(nn.Module):
         z = torch.randn_like(x) if z is None else z
         path = (1 - t).unsqueeze(-1) * z + t.unsqueeze(-1) * x
         return (self.velocity(path, t).float() - (x - z)).square().mean()
+
+
+class LaterTargets(nn.ModuleList, Component):
+    """Multi-token prediction: a head for each later target, trained along and not exported (section 4 step 11)."""
+
+    OFF: ClassVar = {"mtp": MTPConfig()}  # settings of a model without it
+
+    def __init__(self, config: ModelConfig) -> None:
+        heads = range(config.mtp.num_heads)
+        super().__init__(nn.Linear(config.model_dim, config.vocab_size, bias=False) for _ in heads)
+        self.weight, self.cap = config.mtp.loss_weight, config.logit_softcap
+
+    def facts(self) -> dict[str, Facts]:
+        # Muon trains them, as PR 1170 does; PR 1166's code forgets them
+        return {f"{i}.weight": Facts("matrix", draw=ZERO, training_only=True) for i in range(len(self))}
+
+    def work(self, length: int, pairs: int, training: bool) -> Iterable[Work]:
+        for ahead, head in enumerate(self if training else (), 1):
+            assert isinstance(head, nn.Linear)
+            yield product("later targets", max(length - ahead, 0), head.in_features, head.out_features)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the weighted mean cross-entropy of all heads at refined states ``x`` (B, T, D), a float32 scalar."""
+        losses = [
+            softcapped_cross_entropy(x[:, :-ahead], cast(nn.Linear, head).weight, targets[:, ahead:], self.cap)
+            for ahead, head in enumerate(self, 1)
+        ]
+        return self.weight * torch.stack(losses).mean()

@@ -143,22 +143,22 @@ def bits_choice(table: pd.DataFrame, chosen: int) -> Picture:
 
 @styled
 def entropy_bytes(table: pd.DataFrame) -> Picture:
-    """Bytes of each group of tensors: nominal bits, entropy of its integers, and what lzma really wrote.
+    """Bytes of each group of tensors: one byte an integer, their entropy, and what the coder really wrote.
 
-    ``table`` has the columns ``group``, ``nominal_bytes``, ``entropy_bytes`` and ``lzma_bytes``.
+    ``table`` has the columns ``group``, ``nominal_bytes``, ``entropy_bytes`` and ``coded_bytes``.
     """
     figure, (axes,) = new(width=8.5, height=3.6)
     x = np.arange(len(table))
     for shift, column, colour, label in (
         (-0.27, "nominal_bytes", LIGHT, "one byte per integer"),
         (0.0, "entropy_bytes", GREEN, "entropy of the integers"),
-        (0.27, "lzma_bytes", BLUE, "lzma"),
+        (0.27, "coded_bytes", BLUE, "coded"),
     ):
         bars = axes.bar(x + shift, table[column] / 1000, width=0.26, color=colour, label=label)
         axes.bar_label(bars, [f"{v / 1000:.1f}" for v in table[column]], padding=1, fontsize=9)
     axes.set_xticks(x, list(table["group"]))
     axes.margins(y=0.12)
-    axes.set(ylabel="size (thousand bytes)", title="What lzma writes, against the entropy of the integers")
+    axes.set(ylabel="size (thousand bytes)", title="What the coder writes, against the entropy of the integers")
     axes.legend()
     return figure
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from golfbook.config.load import load_config
 from golfbook.config.schema import ModelConfig
 from golfbook.errors import CheckpointError, nearest
+from golfbook.model.component import facts_of
 from golfbook.model.gpt import GPT
 
 PRESETS = {"pr1166": "pr1166_11l_base", "pr1170": "pr1232_base", "pr1232": "pr1232_base", "pr1406": "pr1406"}
@@ -86,10 +87,9 @@ def published_state(model: GPT, system: str, *, banked: bool | None = None) -> d
     ``banked`` stacks the matrices of all layers as PR 1166 and PR 1406 do; by default it follows the system.
     """
     name = system_name(system)
-    state = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    if name in BANKED if banked is None else banked:
-        state = bank(state)
-    return {key: value.to(storage_dtype(key, value)) for key, value in state.items()}
+    facts = facts_of(model)
+    state = {key: value.detach().to(facts[key].dtype, copy=True) for key, value in model.state_dict().items()}
+    return bank(state) if (name in BANKED if banked is None else banked) else state
 
 
 def system_name(system: str) -> str:
@@ -128,14 +128,6 @@ def bank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     cut = {f"blocks.{layer}.{kind}" for kinds in BANKS.values() for kind in kinds for layer in range(layers)}
     first = {key: value for key, value in state.items() if key == "skip_weights"}
     return first | stacked | {k: v for k, v in state.items() if k not in cut and k != "skip_weights"}
-
-
-def storage_dtype(key: str, value: Tensor) -> torch.dtype:
-    """Dtype the published scripts keep a tensor in (PR 1166 section 11.1): bfloat16 tables and refiner matrices."""
-    refiner = key.startswith(("ttt_refiner.", "flow_refiner.", "native_flow."))
-    return torch.bfloat16 if value.ndim >= 2 and (refiner or key.endswith(("tok_emb.weight", "embed.weight"))) else (
-        torch.float32
-    )  # fmt: skip
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:

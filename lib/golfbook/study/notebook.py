@@ -96,7 +96,7 @@ def execute_figure(study: str, name: str, private: Path) -> None:
     source, target = notebook_path(name), folder / "notebooks" / f"{name}.ipynb"
     found, notebook, code = digest(rows(study)), sha256_file(source), environment()["code_sha256"]
     written = private / "written.txt"
-    watch = f"__import__('golfbook.study.writes').writes.note_writes({str(figures_root())!r}, {str(written)!r})"
+    watch = f"__import__('golfbook.study.writes').study.writes.note_writes({str(figures_root())!r}, {str(written)!r})"
     with activity.notebook(folder, f"figure {name}", activity.FIGURE):
         execute(source, target, {"study": study}, private, watch).replace(target)
     atomic_write_json(

@@ -14,7 +14,7 @@ from golfbook import activity, compute
 from golfbook.compress.budget import size_report
 from golfbook.compress.container import read_artifact
 from golfbook.compress.export import export
-from golfbook.compress.rowwise import dequantize
+from golfbook.compress.quantizer import dequantize
 from golfbook.data import dataset
 from golfbook.errors import ArtifactError, GolfbookError, RunError
 from golfbook.evaluate import scoring

@@ -153,7 +153,7 @@ class Trainer:
     def train_step(self) -> Tensor:
         """One optimiser step on the next global batch; returns the loss on this process's rows before it."""
         train, step = self.config.train, self.step
-        if self.config.model.native_flow.enabled:  # the one loss that draws numbers, others in each step and process
+        if self.model.draws_numbers:  # others in each step and process
             sequence = np.random.SeedSequence([self.config.seed, step, self.rank])
             torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
         inputs, targets = (torch.from_numpy(a[self.rank :: self.world]).to(self.device) for a in self.loader.next())

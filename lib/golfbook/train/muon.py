@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from golfbook.config.schema import TrainConfig
+from golfbook.model.component import facts_of
 
 Coefficients = Literal["quintic", "polar_express"]
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -34,7 +35,6 @@ GRAM_RATIO = 3  # long sides per short side from which several steps are taken o
 # How many of the first steps: float32 is safe for all of them, bfloat16 errors of a Gram matrix grow with each step
 GRAM_STEPS = {torch.float32: 100, torch.bfloat16: 2}
 CPU_BATCH_BYTES = 2**20  # of matrices in one batch on a CPU: the iteration's buffers then stay in the cache
-BLOCK_MATRICES = (*(f"attn.{n}.weight" for n in ("c_q", "c_k", "c_v", "proj")), "mlp.fc.weight", "mlp.proj.weight")
 
 
 def iteration_coefficients(steps: int, coefficients: Coefficients = "quintic") -> list[tuple[float, float, float]]:
@@ -204,15 +204,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> dict[str, list[st
     """
     groups: dict[str, list[str]] = {"matrix": [], "embed": [], "scalar": [], "head": []}
     moved = {"bigram.proj.weight"} if config.muon_bigram_proj else set()
-    for name, _ in model.named_parameters():
-        if name in ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight"):
-            groups["embed"].append(name)
-        elif name == "lm_head.weight":
-            groups["head"].append(name)
-        elif name.startswith("mtp_heads.") or name in moved or name.split(".", 2)[-1] in BLOCK_MATRICES:
-            groups["matrix"].append(name)
-        else:
-            groups["scalar"].append(name)
+    for name, facts in facts_of(model).items():
+        groups["matrix" if name in moved else facts.group].append(name)
     return groups
 
 

@@ -19,19 +19,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from golfbook.compress.rowwise import quantize_tensor, route
+from golfbook.compress.quantizer import dequantize, quantize, stored_as
 from golfbook.config.schema import QuantizeConfig
+from golfbook.model.component import facts_of
 
 PUBLISHED_TARGETS = ("bigram.proj.weight", "ve_shared.proj.weight")
-TRAINING_ONLY = "mtp_heads."  # heads of multi-token prediction are not exported
 
 
 def quantized_names(model: nn.Module, config: QuantizeConfig) -> list[str]:
-    """Parameters of ``model`` that the exporter stores as integers, in the model's order."""
+    """Return the parameters of ``model`` that the exporter stores as integers, in the model's order."""
+    facts = facts_of(model)
     return [
         name
         for name, parameter in model.named_parameters()
-        if route(name, parameter.numel(), config) in ("matrix", "other") and not name.startswith(TRAINING_ONLY)
+        if stored_as(facts[name].storage, parameter.numel(), config)[0] == "int" and not facts[name].training_only
     ]
 
 
@@ -40,13 +41,13 @@ def fake_quantized(model: nn.Module, config: QuantizeConfig) -> Iterator[list[st
     """Within the block, parameters hold their quantised values; yields the names of those that do.
 
     Run forward and backward inside and the optimiser outside. The values are exactly those of
-    ``quantize_state`` followed by ``dequantize``. Raises :class:`golfbook.errors.RunError` naming a weight that cannot
+    ``quantize`` followed by ``dequantize``. Raises :class:`golfbook.errors.RunError` naming a weight that cannot
     be quantised.
     """
     parameters = dict(model.named_parameters())
     names = quantized_names(model, config)
-    with torch.no_grad():
-        values = {name: quantize_tensor(name, parameters[name], config).dequantize() for name in names}
+    storage = {name: facts.storage for name, facts in facts_of(model).items()}
+    values = dequantize(quantize({name: parameters[name] for name in names}, storage, config))
     with _substituted(parameters, values):
         yield names
 

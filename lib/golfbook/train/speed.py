@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from golfbook.compress.budget import artifact_bytes
 from golfbook.config.schema import Config, ModelConfig
 from golfbook.model.costs import activation_bytes, per_token, scoring
+from golfbook.model.gpt import GPT, model_facts
 
 MICRO_BATCH_TOKENS = 98_304  # 48 rows of 2048: what the published runs keep in memory at a time
 ITERATIONS = 5  # of Newton-Schulz in Muon
@@ -50,11 +53,10 @@ GPUS = {
 
 
 def optimizer_flops(model: ModelConfig) -> int:
-    """Operations of Muon's Newton-Schulz iterations in one step."""
-    dim, kv, hidden = model.model_dim, model.num_kv_heads * model.head_dim, int(model.mlp_mult * model.model_dim)
-    shapes = [(dim, dim), (dim, dim), (kv, dim), (kv, dim), (dim, hidden), (dim, hidden)] * model.num_layers
-    shapes += [(model.vocab_size, dim)] * model.mtp.num_heads
-    sides = [sorted(shape) for shape in shapes]
+    """Return the operations of Muon's Newton-Schulz iterations in one step."""
+    facts = model_facts(model)
+    with torch.device("meta"):
+        sides = [sorted(p.shape) for name, p in GPT(model).named_parameters() if facts[name].group == "matrix"]
     return ITERATIONS * sum(4 * small * small * large + 2 * small**3 for small, large in sides)
 
 
