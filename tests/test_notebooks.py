@@ -256,11 +256,13 @@ TRAINING_ONLY = {
     "train.swa_every": 1,
     "train.checkpoint_activations": True,
     "score.window": 16,
+    "score.stride": 6,  # does not divide the window, and TTT-Linear wants whole mini-batches
+    "model.ttt_linear": {"enabled": True, "num_heads": 2, "mini_batch": 8},
 }
 
 
 def test_what_only_training_uses_does_not_stop_the_later_notebooks(home: Path) -> None:
-    """Heads, averages and fake quantisation are not in the artifact; a scoring window is not its natural window."""
+    """Heads, averages and fake quantisation are not in the artifact; its natural window is the training length."""
     execute(home, "05_test_time_training", overrides=smoke(home, **TRAINING_ONLY), study="training_only")
     (run,) = list_runs("training_only")
     notebook = execute(home, "04_quantization", run_dir=str(run.path))
