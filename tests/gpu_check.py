@@ -111,7 +111,7 @@ class Check:
 
     def config(self, preset: str, **overrides: Any) -> Config:
         """A published system on this device; in the quick form its tiny scale with few layers."""
-        given: Values = {"train.device": self.device.type, "train.precision": "bfloat16", **overrides}
+        given: Values = {"machine.device": self.device.type, "machine.precision": "bfloat16", **overrides}
         if self.quick:
             given = {"model.num_layers": 4, **given}
         return load_config(preset, scale="tiny" if self.quick else "published", overrides=given)
@@ -205,7 +205,7 @@ class Check:
         rows = 1 if self.quick else ROWS[0]
         found: Values = {
             "without TTT-Linear": self.step(PRESET, rows, **{"model.ttt_linear.enabled": False}),
-            "float32": self.step(PRESET, rows, **{"train.precision": "float32"}),
+            "float32": self.step(PRESET, rows, **{"machine.precision": "float32"}),
         }
         torch.use_deterministic_algorithms(False)
         try:
@@ -273,7 +273,9 @@ class Check:
 
     def compiled(self, preset: str, rows: int, precision: str = "bfloat16") -> Values:
         """Losses of compiled and eager steps, and speed; raises where losses differ or a graph is late or missing."""
-        configs = [self.config(preset, **{"train.precision": precision, "train.compile": on}) for on in (True, False)]
+        configs = [
+            self.config(preset, **{"machine.precision": precision, "machine.compile": on}) for on in (True, False)
+        ]
         compiled, eager = map(self.training_step, configs)
         seconds, graphs, losses = compiled.warm_up(rows), steps.compiled_graphs(), []
         if not compiled.compiled:
@@ -301,12 +303,12 @@ class Check:
                 **CORPUS,
                 "data.max_validation_tokens": 4096 if self.quick else 65536,
                 "train.steps": self.count,
-                "train.warmdown_steps": self.count // 2,
+                "train.schedule.warmdown_steps": self.count // 2,
                 "train.batch_tokens": (8 if self.quick else rows * pieces) * length,
                 "train.micro_batches": pieces,
-                "train.compile": compiled,
-                "train.validate_every": 0,
-                "train.checkpoint_every": 0,
+                "machine.compile": compiled,
+                "machine.validate_every": 0,
+                "machine.checkpoint_every": 0,
             },
         )
         run = runs.create_run("gpu_check", f"check_{time.strftime('%Y%m%d_%H%M%S')}", config)

@@ -21,8 +21,8 @@ from golfbook.analysis import comparisons, components, probes
 from golfbook.compress import container as artifact
 from golfbook.compress.export import quantize_model
 from golfbook.compress.quantizer import dequantize
+from golfbook.config.architecture import ModelConfig
 from golfbook.config.load import load_config, preset_names, read_yaml
-from golfbook.config.schema import ModelConfig
 from golfbook.errors import ConfigError
 from golfbook.model.gpt import BOS_ID, GPT, exported, initialise, parameter_table
 from golfbook.model.refiners import TTTLinear

@@ -40,7 +40,8 @@ OVERRIDES = {
     "data.path": str(DATA / "fineweb_docs_100.jsonl"),
     "data.tokenizer": str(DATA / "fineweb_1024_bpe.model"),
     "data.max_validation_tokens": 4096,
-    "train": {"steps": STEPS, "warmdown_steps": 10, "ema_decay": 0.8, "validate_every": 10, "log_every": 2},
+    "train": {"steps": STEPS, "schedule": {"warmdown_steps": 10}, "averaging": {"ema_decay": 0.8}},
+    "machine": {"validate_every": 10, "log_every": 2},
 }
 QUIET = {"fetchNews": "false", "checkForUpdates": False}  # a first start would ask, and go to the internet
 WIDTH, HEIGHT = 1280, 900

@@ -14,6 +14,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from PIL import Image
 
+from by_name import train_config
 from golfbook.analysis import statistics
 from golfbook.config.schema import TrainConfig
 from golfbook.errors import GolfbookError, RunError
@@ -54,7 +55,7 @@ def schedule_config(**changes: Any) -> TrainConfig:
         "steps": 10, "warmdown_steps": 4, "muon_momentum_warmup_steps": 5, "muon_momentum_start": 0.8,
         "muon_momentum": 0.9, "batch_tokens": 64, "sequence_length": 64, "ema_decay": 0.5,
     }  # fmt: skip
-    return TrainConfig(**{**settings, **changes})
+    return train_config(**{**settings, **changes})
 
 
 def examples() -> dict[str, style.Picture]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from golfbook.config.architecture import ModelConfig
 from golfbook.config.load import load_config
-from golfbook.config.schema import ModelConfig
 from golfbook.model.gpt import GPT, exported, exported_state, initialise, parameter_table
 from golfbook.model.kernels import normed_heads, remove_own_value, rms_norm
 from golfbook.model.layers import BigramHash, Canon, SmearGate, rope_tables

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from by_name import train_config
 from golfbook.config.load import load_config
 from golfbook.config.schema import TrainConfig
 from golfbook.model.gpt import GPT
@@ -223,7 +224,7 @@ def test_every_parameter_is_in_exactly_one_group():
         assert len(groups["matrix"]) == 6 * 4
         assert "blocks.0.resid_mix" in groups["scalar"]
         assert ("lm_head.weight" in groups["head"]) == ("model.tie_embeddings" in values)
-        moved = parameter_groups(model, TrainConfig(muon_bigram_proj=True))
+        moved = parameter_groups(model, train_config(muon_bigram_proj=True))
         assert moved["matrix"] == sorted(
             [*groups["matrix"], "bigram.proj.weight"], key=[n for n, _ in model.named_parameters()].index
         )
@@ -258,7 +259,7 @@ def test_three_published_training_steps_of_a_tiny_model(system):
     model = GPT(load_config({"model": architecture}).model)
     fill_hashed(model)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    config = TrainConfig(muon_dtype="float32", muon_momentum_dtype="float32", muon_bigram_proj=by_muon)
+    config = train_config(muon_dtype="float32", muon_momentum_dtype="float32", muon_bigram_proj=by_muon)
     optimizers = make_optimizers(model, config)
     losses, norms = [], []
     for step in range(4):

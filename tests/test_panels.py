@@ -75,7 +75,7 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         ("schedule", "warmdown_shape", "cosine"),
         ("schedule", "min_lr_scale", 0.5),
         ("schedule", "lr_warmup_steps", 5),
-        ("schedule", "averaging", "swa"),
+        ("schedule", "method", "swa"),
         ("schedule", "qat_start", 0.5),
         ("schedule", "clock", True),
         ("schedule", "muon_momentum_warmup_steps", 3),

@@ -46,14 +46,21 @@ def study(job: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows, curves = [], []
     for run, tree in zip(job.runs, trees, strict=True):
         train, seed = run.config.train, run.config.seed
-        best = {"muon": 0.05, "adamw": 0.004}[train.matrix_optimizer]
-        score = 2.0 + 0.01 * np.log2(train.matrix_lr / best) ** 2 + 0.05 * (train.matrix_optimizer == "adamw")
-        score += {0: 0.1, 50: 0.1, 75: 0.02}.get(train.warmdown_steps, 0) if train.steps == 300 else 0.0
-        score += {"none": 0.03, "swa": -0.01}.get(train.averaging, 0) + of_seed[seed] + luck.normal(0, 0.001)
+        best = {"muon": 0.05, "adamw": 0.004}[train.optimizer.matrix_optimizer]
+        score = (
+            2.0
+            + 0.01 * np.log2(train.optimizer.matrix_lr / best) ** 2
+            + 0.05 * (train.optimizer.matrix_optimizer == "adamw")
+        )
+        score += {0: 0.1, 50: 0.1, 75: 0.02}.get(train.schedule.warmdown_steps, 0) if train.steps == 300 else 0.0
+        score += {"none": 0.03, "swa": -0.01}.get(train.averaging.method, 0) + of_seed[seed] + luck.normal(0, 0.001)
         same = {"variant": run.variant, "seed": seed}
         rows.append(
             {**same, **{key: tree[key] for key in varied}, "val_bpb": score, "steps": train.steps}
-            | {"tokens_seen": train.steps * train.batch_tokens, "weights": WORDS.get(train.averaging, "swa of ema")}
+            | {
+                "tokens_seen": train.steps * train.batch_tokens,
+                "weights": WORDS.get(train.averaging.method, "swa of ema"),
+            }
         )
         for step in range(0, train.steps + 1, train.steps // 5):
             tokens = step * train.batch_tokens
@@ -67,13 +74,15 @@ def test_the_job_is_one_comparison_at_a_time(job: Any) -> None:
     assert {c.steps * c.batch_tokens for c in configs.values()} == {614_400}
     for name, config in configs.items():
         scale = config.batch_tokens / 2048
-        assert config.steps * scale == 300 and config.muon_momentum_warmup_steps * scale == 100, name
-        assert config.ema_decay == pytest.approx(0.98**scale, abs=1e-5)
+        assert config.steps * scale == 300 and config.optimizer.muon_momentum_warmup_steps * scale == 100, name
+        assert config.averaging.ema_decay == pytest.approx(0.98**scale, abs=1e-5)
         if scale != 1:
-            assert config.warmdown_steps * scale == pytest.approx(150, abs=2)
-            root = config.matrix_lr / 0.025
+            assert config.schedule.warmdown_steps * scale == pytest.approx(150, abs=2)
+            root = config.optimizer.matrix_lr / 0.025
             assert root == pytest.approx(scale**0.5 if name.endswith("_root") else 1, rel=1e-4)
-            assert [config.scalar_lr / 0.025, config.embed_lr / 0.035] == pytest.approx([root, root], rel=1e-4)
+            assert [config.optimizer.scalar_lr / 0.025, config.optimizer.embed_lr / 0.035] == pytest.approx(
+                [root, root], rel=1e-4
+            )
         if config.averaging in ("swa", "swa_of_ema"):
             table = schedule_table(config)
             taken = table["step"][table["snapshot"]]

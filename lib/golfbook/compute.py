@@ -46,9 +46,9 @@ _current = Choices()
 
 def choose_device(config: Config, rank: int = 0) -> torch.device:
     """CUDA where it is there and allowed, else the CPU; raises RunError where CUDA is demanded and missing."""
-    wanted = config.train.device
+    wanted = config.machine.device
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise RunError("train.device is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'")
+        raise RunError("machine.device is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", rank % torch.cuda.device_count())
@@ -56,8 +56,8 @@ def choose_device(config: Config, rank: int = 0) -> torch.device:
 
 def choose_precision(config: Config) -> tuple[str, str]:
     """Dtype of activations, "float32" or "bfloat16", and the reason; "auto" is what was measured to be faster."""
-    if config.train.precision != "auto":
-        return config.train.precision, "train.precision says so"
+    if config.machine.precision != "auto":
+        return config.machine.precision, "machine.precision says so"
     length = "short" if config.train.sequence_length <= SHORT else "long"
     if length not in _current.precision:
         return "float32", "nothing was measured on this machine"

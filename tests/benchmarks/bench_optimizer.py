@@ -52,9 +52,9 @@ class PlainMuon:
 
     def __init__(self, parameters: list[Tensor], config: TrainConfig) -> None:
         self.parameters, self.config = parameters, config
-        self.lr, self.momentum = config.matrix_lr, config.muon_momentum
-        self.dtype = getattr(torch, config.muon_dtype)
-        dtype = getattr(torch, config.muon_momentum_dtype)
+        self.lr, self.momentum = config.optimizer.matrix_lr, config.optimizer.muon_momentum
+        self.dtype = getattr(torch, config.optimizer.muon_dtype)
+        dtype = getattr(torch, config.optimizer.muon_momentum_dtype)
         self.momenta = [torch.zeros_like(p, dtype=dtype) for p in parameters]
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class PlainMuon:
             gradient = weight.grad.to(momentum.dtype)
             momentum.mul_(self.momentum).add_(gradient)
             update = plain_newton_schulz((gradient + self.momentum * momentum).to(self.dtype))
-            weight.mul_(1 - self.lr * config.muon_weight_decay)
+            weight.mul_(1 - self.lr * config.optimizer.muon_weight_decay)
             scale = max(1.0, weight.size(-2) / weight.size(-1)) ** 0.5
             weight.sub_(self.lr * scale * update.to(weight.dtype))
 
@@ -74,12 +74,12 @@ class PlainMuon:
 def plain_side(model: GPT, config: TrainConfig) -> Side:
     """One matrix at a time, and torch's AdamW as a loop over parameters."""
     named, names = dict(model.named_parameters()), parameter_groups(model, config)
-    rates = {"embed": config.embed_lr, "scalar": config.scalar_lr, "head": config.head_lr}
+    rates = {"embed": config.optimizer.embed_lr, "scalar": config.optimizer.scalar_lr, "head": config.optimizer.head_lr}
     adam = torch.optim.AdamW(
         [{"params": [named[n] for n in names[g]], "lr": lr} for g, lr in rates.items() if names[g]],
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        weight_decay=config.adam_weight_decay,
+        betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
+        eps=config.optimizer.adam_eps,
+        weight_decay=config.optimizer.adam_weight_decay,
         foreach=False,
         fused=False,
     )
@@ -94,7 +94,9 @@ def our_side(model: GPT, config: TrainConfig) -> Side:
 
 def measure(preset: str, precision: str, repeats: int, device: str, threads: int) -> dict[str, float]:
     """Time both sides at the size of ``preset``, iteration and momentum in ``precision``; print and return medians."""
-    config = load_config(preset, overrides={"train.muon_dtype": precision, "train.muon_momentum_dtype": precision})
+    config = load_config(
+        preset, overrides={"train.optimizer.muon_dtype": precision, "train.optimizer.muon_momentum_dtype": precision}
+    )
     models = [initialise(GPT(config.model), seed=0).to(device)]
     models.append(copy.deepcopy(models[0]))
     sides = {

@@ -48,7 +48,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the first loss; Muon in bf
 
 def ready(preset: str, precision: str, compiled: bool) -> Config:
     """The preset with one row a step, activations in ``precision``."""
-    return load_config(preset, overrides={"train.precision": precision, "train.compile": compiled})
+    return load_config(preset, overrides={"machine.precision": precision, "machine.compile": compiled})
 
 
 def batch(config: Config, rows: int, seed: int, device: str) -> tuple[Tensor, Tensor]:

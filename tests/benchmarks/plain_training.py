@@ -16,7 +16,8 @@ from bench_optimizer import PlainMuon
 from bench_ttt_linear import plain_loop
 from torch import Tensor, nn
 
-from golfbook.config.schema import Config, ModelConfig
+from golfbook.config.architecture import ModelConfig
+from golfbook.config.schema import Config
 from golfbook.model.gpt import GPT
 from golfbook.train.muon import parameter_groups
 
@@ -175,20 +176,22 @@ class PlainStep:
         others = [parameter for parameter in self.model.parameters() if id(parameter) not in used]
         self.adam = torch.optim.AdamW(
             [
-                {"params": [own[name] for name in tables], "lr": train.embed_lr},
-                {"params": others, "lr": train.scalar_lr},
+                {"params": [own[name] for name in tables], "lr": train.optimizer.embed_lr},
+                {"params": others, "lr": train.optimizer.scalar_lr},
             ],
-            betas=(train.adam_beta1, train.adam_beta2),
-            eps=train.adam_eps,
-            weight_decay=train.adam_weight_decay,
+            betas=(train.optimizer.adam_beta1, train.optimizer.adam_beta2),
+            eps=train.optimizer.adam_eps,
+            weight_decay=train.optimizer.adam_weight_decay,
             fused=True,
         )
-        self.autocast = config.train.precision == "bfloat16"
+        self.autocast = config.machine.precision == "bfloat16"
 
     def schedule(self, lr_scale: float, momentum: float) -> None:
         """Set the rates and Muon's momentum of the next step."""
-        self.muon.lr, self.muon.momentum = self.config.matrix_lr * lr_scale, momentum
-        for group, rate in zip(self.adam.param_groups, (self.config.embed_lr, self.config.scalar_lr), strict=True):
+        self.muon.lr, self.muon.momentum = self.config.optimizer.matrix_lr * lr_scale, momentum
+        for group, rate in zip(
+            self.adam.param_groups, (self.config.optimizer.embed_lr, self.config.optimizer.scalar_lr), strict=True
+        ):
             group["lr"] = rate * lr_scale
 
     def state(self) -> dict[str, Tensor]:
@@ -207,7 +210,7 @@ class PlainStep:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.model(inputs, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip)
         self.muon.step()
         self.adam.step()
         return loss.detach()

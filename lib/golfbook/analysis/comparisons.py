@@ -1,4 +1,9 @@
-"""A study cut into comparisons."""
+"""Studies cut into comparisons.
+
+Tables of results are those of :func:`golfbook.study.results.reference_tables`: a row a run, with a column for every
+setting in which runs differ (``train.optimizer.matrix_lr``). Comparisons are chosen by these settings and not by the
+names of variants, so further rates, warmdowns or batch sizes may join the job; all are compared with ``base``.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +47,10 @@ def differing_in(results: pd.DataFrame, *settings: str) -> pd.DataFrame:
 
 def by_learning_rate(results: pd.DataFrame) -> pd.DataFrame:
     """Runs that differ from the base in optimiser and learning rate of the matrices; adds ``series`` and ``x``."""
-    rows = differing_in(results, "train.matrix_optimizer", "train.matrix_lr")
-    rows = rows.assign(series=rows["train.matrix_optimizer"].map(OPTIMIZERS), x=rows["train.matrix_lr"])
+    rows = differing_in(results, "train.optimizer.matrix_optimizer", "train.optimizer.matrix_lr")
+    rows = rows.assign(
+        series=rows["train.optimizer.matrix_optimizer"].map(OPTIMIZERS), x=rows["train.optimizer.matrix_lr"]
+    )
     return rows.sort_values(["series", "x", "seed"], ascending=[False, True, True])
 
 
@@ -81,11 +88,15 @@ def optimizer_differences(runs: pd.DataFrame, a: str = "Muon", b: str = "AdamW")
 
 def by_warmdown(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Runs that differ from the base in length and shape of the warmdown, and their paired differences from it."""
-    rows = differing_in(results, "train.warmdown_steps", "train.warmdown_shape")
-    steps, total = rows["train.warmdown_steps"], rows["steps"]
-    words = rows["train.warmdown_shape"] + ", last " + steps.astype(str) + " of " + total.astype(str) + " steps"
+    rows = differing_in(results, "train.schedule.warmdown_steps", "train.schedule.warmdown_shape")
+    steps, total = rows["train.schedule.warmdown_steps"], rows["steps"]
+    words = (
+        rows["train.schedule.warmdown_shape"] + ", last " + steps.astype(str) + " of " + total.astype(str) + " steps"
+    )
     rows = rows.assign(label=words.where(steps > 0, "none: constant rate"))
-    rows = rows.sort_values(["train.warmdown_steps", "train.warmdown_shape", "seed"], ascending=[True, False, True])
+    rows = rows.sort_values(
+        ["train.schedule.warmdown_steps", "train.schedule.warmdown_shape", "seed"], ascending=[True, False, True]
+    )
     return rows, _differences(rows, rows["variant"] == "base")
 
 
@@ -95,21 +106,27 @@ def by_averaging(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     Adds ``group``, ``label`` and the differences from the last weights within each group. A rate that falls by less
     than a tenth counts as constant: snapshots are taken below a threshold of the rate, so SWA needs a little fall.
     """
-    swa = ("train.swa_start", "train.swa_every")
-    rows = differing_in(results, "train.averaging", *swa, "train.warmdown_steps", "train.min_lr_scale")
+    swa = ("train.averaging.swa_start", "train.averaging.swa_every")
+    rows = differing_in(
+        results, "train.averaging.method", *swa, "train.schedule.warmdown_steps", "train.schedule.min_lr_scale"
+    )
     base = results[results["variant"] == "base"].iloc[0]
-    floor = rows["train.min_lr_scale"] if "train.min_lr_scale" in rows else pd.Series(0.0, index=rows.index)
-    constant = (rows["train.warmdown_steps"] == 0) | (floor > 0.9)
-    like_base = (rows["train.warmdown_steps"] == base["train.warmdown_steps"]) & ~constant
+    floor = (
+        rows["train.schedule.min_lr_scale"]
+        if "train.schedule.min_lr_scale" in rows
+        else pd.Series(0.0, index=rows.index)
+    )
+    constant = (rows["train.schedule.warmdown_steps"] == 0) | (floor > 0.9)
+    like_base = (rows["train.schedule.warmdown_steps"] == base["train.schedule.warmdown_steps"]) & ~constant
     rows = rows.assign(label=rows["weights"], group=np.where(constant, "constant rate", "with the warmdown"))
     rows = rows[constant | like_base]
     alike = rows.groupby(["group", "label"])["variant"].transform("nunique") > 1
     rows = rows.assign(label=rows["label"].where(~alike, rows["label"] + " (" + rows["variant"] + ")"))
-    order = rows["train.averaging"].map({"none": 0, "ema": 1, "swa": 2, "swa_of_ema": 3})
+    order = rows["train.averaging.method"].map({"none": 0, "ema": 1, "swa": 2, "swa_of_ema": 3})
     rows = rows.assign(order=order).sort_values(
         ["group", "order", "label", "seed"], ascending=[False, True, True, True]
     )
-    return rows.drop(columns="order"), _differences(rows, rows["train.averaging"] == "none")
+    return rows.drop(columns="order"), _differences(rows, rows["train.averaging.method"] == "none")
 
 
 def by_batch_size(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -124,11 +141,11 @@ def by_batch_size(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         (results["train.batch_tokens"] != first["train.batch_tokens"])
         & ((results["tokens_seen"] / first["tokens_seen"] - 1).abs() < 0.01)
     ]
-    kept = others["train.matrix_lr"] == first["train.matrix_lr"]
+    kept = others["train.optimizer.matrix_lr"] == first["train.optimizer.matrix_lr"]
     parts = {"rates as they are": others[kept], "rates times root of the batch": others[~kept]}
     rows = pd.concat([pd.concat([part, base]).assign(series=name) for name, part in parts.items() if len(part)])
     rows = rows.assign(x=rows["train.batch_tokens"]).sort_values(["series", "x", "seed"])
-    scaled = rows["train.matrix_lr"] != first["train.matrix_lr"]
+    scaled = rows["train.optimizer.matrix_lr"] != first["train.optimizer.matrix_lr"]
     rows = rows.assign(label=rows["x"].map("{:,}".format) + scaled.map({True: ", rates times root", False: ""}))
     return rows, _differences(rows, rows["variant"] == "base")
 

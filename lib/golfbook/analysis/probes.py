@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from golfbook.config.schema import ModelConfig
+from golfbook.config.architecture import ModelConfig
 from golfbook.model.attention import causal_attention
 from golfbook.model.gpt import GPT
 from golfbook.model.kernels import remove_own_value

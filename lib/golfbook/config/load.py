@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from golfbook.config.schema import LARGEST, Config
+from golfbook.config.schema import Config
+from golfbook.config.section import LARGEST
 from golfbook.errors import ConfigError, DataError, nearest
 from golfbook.files import decode_text, resolve
 

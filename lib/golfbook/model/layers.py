@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golfbook.compute import Backend
-from golfbook.config.schema import ModelConfig
+from golfbook.config.architecture import ModelConfig
 from golfbook.model.attention import causal_attention
 from golfbook.model.component import ZERO, Component, Draw, Facts, Work, constant, normal, orthogonal, product
 from golfbook.model.kernels import add_scaled, mix, normed_heads, remove_own_value, rms_norm, squared_leaky_relu

@@ -1,9 +1,4 @@
-"""What a study of training found, cut into comparisons, and the panels of the training notebook.
-
-Tables of results are those of :func:`golfbook.study.results.reference_tables`: a row a run, with a column for every
-setting in which runs differ (``train.matrix_lr``). Comparisons are chosen by these settings and not by the names of
-variants, so further rates, warmdowns or batch sizes may join the job; the variant all are compared with is ``base``.
-"""
+"""Panels of training: the steps of Newton-Schulz, sweeps of learning rates and batch sizes, published trajectories."""
 
 from __future__ import annotations
 

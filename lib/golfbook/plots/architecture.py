@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from numpy.typing import ArrayLike
 
-from golfbook.config.schema import ModelConfig
+from golfbook.config.architecture import ModelConfig
 from golfbook.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, LIGHT, ORANGE, PURPLE, RED, SKY, Picture, new, styled
 
 MARKS = (("xsa_layers", "X", "exclusive self-attention"), ("value_embedding_layers", "V", "value embedding"))
