@@ -133,7 +133,8 @@ class PlainGPT:
         """Return the normed state (B, T, D) after all layers; ``length`` as in :meth:`hidden`."""
         config, length = self.config, length or tokens.size(1)
         x = x0 = self.embed(tokens)
-        extras, first, outputs = self.value_embeddings(tokens), None, []
+        extras, first = self.value_embeddings(tokens), None
+        outputs: list[Tensor] = []  # of the first half
         half = config.num_layers // 2
         again = config.recurrent_layers
         for i in range(config.num_layers):
