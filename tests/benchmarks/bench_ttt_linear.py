@@ -97,10 +97,10 @@ def main() -> None:
     parser.add_argument("--side", choices=("scan", "loop"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    print(choices.title(torch.device("cpu")))
     if options.side:
         measure(options.side, options, options.folder)
         return
+    print(choices.title(torch.device("cpu")))
     print(
         f"TTT-Linear, forward + backward, float32, {options.rows} x {options.length} tokens, width {options.width}, "
         f"{options.heads} heads, {options.threads} thread(s), median of {options.repeats}"

@@ -38,7 +38,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
 
 
-def rotary_angles(config: ModelConfig, positions: int, length: int) -> Tensor:
+def rotary_angles(config: ModelConfig, positions: int, length: int, device: torch.device) -> Tensor:
     """Return the angle of each position and pair of dimensions, (positions, R/2) float64.
 
     For an input of ``length`` tokens above ``rope_train_length`` the base grows, which slows the slow pairs (NTK rule).
@@ -46,14 +46,14 @@ def rotary_angles(config: ModelConfig, positions: int, length: int) -> Tensor:
     dims, base = config.rope_dims or config.head_dim, config.rope_base
     if length > config.rope_train_length:
         base = base * (length / config.rope_train_length) ** (dims / (dims - 2))
-    frequencies = base ** -(torch.arange(0, dims, 2, dtype=torch.float64) / dims)  # (R/2,)
-    return torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    frequencies = base ** -(torch.arange(0, dims, 2, dtype=torch.float64, device=device) / dims)  # (R/2,)
+    return torch.arange(positions, dtype=torch.float64, device=device)[:, None] * frequencies
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Return heads ``x`` (B, T, H, d), the pairs (i, i + R/2) of their first R dimensions turned by minus the angle."""
     half = angles.size(1)
-    cos, sin = (f(angles).to(x.device, x.dtype)[:, None] for f in (torch.cos, torch.sin))  # (T, 1, R/2)
+    cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)  # (T, 1, R/2)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 

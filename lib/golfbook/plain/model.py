@@ -51,12 +51,13 @@ class PlainGPT:
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the start of the residual stream (B, T, D): tokens, hashed pairs, norm, smear gate."""
         config, weights = self.config, self.weights
-        x = weights["tok_emb.weight"][tokens]
+        x = F.embedding(tokens, weights["tok_emb.weight"])
         rows = config.bigram.vocab_size
         if rows:
-            vectors = weights["bigram.embed.weight"][bigram_rows(tokens, rows)]  # (B, T, bigram.dim)
+            table = weights["bigram.embed.weight"]
+            vectors = F.embedding(bigram_rows(tokens, rows), table)  # (B, T, bigram.dim)
             if config.bigram.trigram:  # PR 1406 section 4
-                vectors = vectors + weights["bigram.embed.weight"][bigram_rows(tokens, rows, 3)]
+                vectors = vectors + F.embedding(bigram_rows(tokens, rows, 3), table)
             x = x + weights["bigram.scale"] * F.linear(vectors, weights["bigram.proj.weight"])
         x = rms_norm(x)
         if config.smear:
@@ -71,7 +72,8 @@ class PlainGPT:
         if not self.config.value_embedding_layers:
             return {}
         shared = part(self.weights, "ve_shared.")
-        vectors = shared["scale"] * F.linear(shared["embed.weight"][tokens], shared["proj.weight"])
+        vectors = F.embedding(tokens, shared["embed.weight"])  # (B, T, value_embedding.dim)
+        vectors = shared["scale"] * F.linear(vectors, shared["proj.weight"])
         layers = enumerate(self.config.value_embedding_layers)
         return {layer: self.weights[f"ve_layer_scales.{n}"] * vectors for n, layer in layers}
 
@@ -86,13 +88,14 @@ class PlainGPT:
         heads, groups = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
         q = F.linear(x, w["c_q.weight"]).unflatten(-1, heads)  # (B, T, H, d)
         k = F.linear(x, w["c_k.weight"]).unflatten(-1, groups)  # (B, T, K, d)
-        v = raw = F.linear(x, w["c_v.weight"]) if extra is None else F.linear(x, w["c_v.weight"]) + extra
+        v = F.linear(x, w["c_v.weight"])  # (B, T, K d)
+        v = raw = v if extra is None else v + extra
         if first is not None and config.value_residual == "lambda":  # PR 1170
             v = w["vr_lambda"][0] * first + w["vr_lambda"][1] * v
         elif first is not None and config.value_residual == "alpha":  # PR 1406
             v = v + torch.sigmoid(w["vrl_alpha"]) * first
         v = v.unflatten(-1, groups)  # (B, T, K, d)
-        angles = rotary_angles(config, x.size(1), length)
+        angles = rotary_angles(config, x.size(1), length, x.device)
         q, k = rotate(rms_norm(q), angles) * w["q_gain"][:, None], rotate(rms_norm(k), angles)
         y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)  # (B, T, H, d)
         if i in config.xsa_layers:
