@@ -77,6 +77,31 @@ def test_presets(preset: str) -> None:
     compare_models(load_config(preset, scale="tiny").model)
 
 
+SMALL = {
+    "vocab_size": 40, "num_layers": 4, "model_dim": 16, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 4, "xsa": 2,
+    "value_embedding": {"dim": 3, "layers": [0, 2]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {
+            "depth_gate": True, "canon": {"last_n": 3}, "value_residual": "alpha", "native_flow": {"enabled": True},
+            "mtp": {"num_heads": 2}, "tie_embeddings": False, "bigram": {"vocab_size": 29, "trigram": True},
+            "smear_document_mask": True, "recurrence": [0, 2, 2], "recurrence_place": "in_place",
+        },
+        {
+            "gated_attention": True, "value_residual": "lambda", "flow": {"enabled": True}, "unet_skips": False,
+            "ttt_linear": {"enabled": True, "num_heads": 2}, "ln_scale": False, "rope_dims": 0, "recurrence": [3, 0],
+            "rope_train_length": 16, "xsa": [0, 3], "leaky_slope": 0.1,
+        },
+    ],
+)  # fmt: skip
+def test_every_switch(values: dict) -> None:
+    compare_models(model_config(**SMALL | values))
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(config=models())
 def test_any_valid_combination(config: ModelConfig) -> None:
