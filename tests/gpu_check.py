@@ -54,10 +54,10 @@ from golfbook.evaluate import scoring
 from golfbook.files import atomic_write_json, runs_root
 from golfbook.model import attention, costs
 from golfbook.model.gpt import GPT, initialise
+from golfbook.plain.layers import masked_attention
 from golfbook.study import stages
 from golfbook.train import choices
 from golfbook.train import step as steps
-from reference import masked_attention
 
 PRESET = "pr1166_e2e_ttt_flow"
 PRESETS = (PRESET, "pr1406", "pr1232_flow")
@@ -246,20 +246,17 @@ class Check:
         tokens = np.random.default_rng(0).integers(1024, size=size["window"] + (4 if self.quick else 96) * 64 + 1)
         for preset in (PRESET,) if self.quick else (PRESET, "pr1232_flow"):
             model = bench_training.unlike_zero(initialise(GPT(self.config(preset).model), 0)).to(self.device).eval()
-            plain = plain_training.PlainGPT(model, banks=False).to(self.device).eval()
-
-            def straightforward(_: GPT, tokens: Any, logits: Any = plain.logits, **size: int) -> Any:
-                return bench_scoring.plain_loop(logits, self.device, tokens, **size)
-
-            sides = {
-                "ours": functools.partial(scoring.score, batch_windows=32),
-                "one window at a time": straightforward,
-            }
             for precision in ("float32", "bfloat16"):
-                nll: dict[str, Any] = {}
-                for name, side in sides.items():
-                    work = functools.partial(side, model, tokens, **size)
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                plain, nll = plain_training.plain_model(model.config, model.state_dict(), precision), {}
+                sides: dict[str, Callable[[], Any]] = {
+                    "ours": functools.partial(scoring.score, model, tokens, **size),
+                    "one window at a time": functools.partial(
+                        bench_scoring.one_window_at_a_time, plain, self.device, tokens, **size
+                    ),
+                }
+                for name, work in sides.items():
+                    autocast = precision == "bfloat16" and name == "ours"
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
                         nll[name] = work()
                         seconds = self.seconds(work, repeats=2, warmups=0)
                     found[f"{preset}, {precision}, {name}"] = {

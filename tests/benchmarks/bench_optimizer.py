@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_optimizer.py [--sizes quickstart pr1166_e2e_ttt_flow] [--repeats 7] [--device cpu]
 
 Both sides update a model of the same size with the same random gradients, in turn, in one process, with momentum and
-Newton-Schulz in the same precision. The plain side is what a reader would write from the formulas of PR 1166 section
-14: a Newton-Schulz iteration for each matrix, and AdamW with neither ``foreach`` nor ``fused``. The last line of each
-size is the ratio of medians, by the clock and by CPU time; the second is steadier on a machine that does other work.
+Newton-Schulz in the same precision. The plain side is ``golfbook.plain.muon``, a Newton-Schulz iteration for each
+matrix, and AdamW with neither ``foreach`` nor ``fused``. The last line of each size is the ratio of medians, by the
+clock and by CPU time; the second is steadier on a machine that does other work.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from golfbook import compute
 from golfbook.config.load import load_config
 from golfbook.config.schema import TrainConfig
 from golfbook.model.gpt import GPT, initialise
+from golfbook.plain.muon import PlainMuon
 from golfbook.train import choices
 from golfbook.train.muon import make_optimizers, parameter_groups
 
@@ -34,41 +34,6 @@ def plain_products() -> None:
     """torch as it is by default; the library's side runs under what the trainer sets (:func:`compute.prepare`)."""
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
     torch.use_deterministic_algorithms(False)
-
-
-def plain_newton_schulz(x: Tensor) -> Tensor:
-    """Five quintic steps on one matrix or a stack of them (..., rows, columns), one formula a line."""
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
-    return x.mT if tall else x
-
-
-class PlainMuon:
-    """Muon one parameter at a time: a matrix, or a stack of matrices (n, rows, columns) as PR 1166 stores them."""
-
-    def __init__(self, parameters: list[Tensor], config: TrainConfig) -> None:
-        self.parameters, self.config = parameters, config
-        self.lr, self.momentum = config.optimizer.matrix_lr, config.optimizer.muon_momentum
-        self.dtype = getattr(torch, config.optimizer.muon_dtype)
-        dtype = getattr(torch, config.optimizer.muon_momentum_dtype)
-        self.momenta = [torch.zeros_like(p, dtype=dtype) for p in parameters]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update every matrix."""
-        config = self.config
-        for weight, momentum in zip(self.parameters, self.momenta, strict=True):
-            assert weight.grad is not None
-            gradient = weight.grad.to(momentum.dtype)
-            momentum.mul_(self.momentum).add_(gradient)
-            update = plain_newton_schulz((gradient + self.momentum * momentum).to(self.dtype))
-            weight.mul_(1 - self.lr * config.optimizer.muon_weight_decay)
-            scale = max(1.0, weight.size(-2) / weight.size(-1)) ** 0.5
-            weight.sub_(self.lr * scale * update.to(weight.dtype))
 
 
 def plain_side(model: GPT, config: TrainConfig) -> Side:

@@ -4,7 +4,7 @@
 
 Both sides start from the same weights, read the same batches under the same schedule, and keep the same moving average;
 the averaged weights are scored by the library on the whole validation split. The straightforward side is
-``plain_training.py`` in float32, ours takes the precision of this machine ("auto") unless ``--precision`` says
+``golfbook.plain`` in float32, ours takes the precision of this machine ("auto") unless ``--precision`` says
 otherwise. Printed: every seed, the paired differences with their 95 % t-interval, and the seconds of training of both
 sides with the ratio of medians.
 """

@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_training.py [--sizes tiny pr1166 pr1232] [--repeats 5] [--threads 1] [--compile]
 
 Both sides start from the same weights and take the same batches: forward, backward, clipping, Muon and AdamW. The plain
-side (``plain_training.py``) is what a reader would write from the formulas; at published sizes it keeps its matrices as
-the published code does, in banks for PR 1166, and orthogonalises bank by bank there, matrix by matrix elsewhere. Its
+side is what a reader would write from the formulas, ``golfbook.plain``; at published sizes it keeps its matrices as the
+published code does, in banks for PR 1166, and orthogonalises bank by bank there, matrix by matrix elsewhere. Its
 Newton-Schulz runs in the dtype of the preset, as ours. Losses of both sides must agree, or the benchmark fails.
 
 Printed for each size and precision: medians, ratios by the clock and by CPU time (the second is steadier on a machine
