@@ -363,9 +363,15 @@ def test_recorded_attention_is_the_attention_that_was_computed():
         hook.remove()
     expected = torch.from_numpy(looks[2].weights) @ values.repeat_interleave(2, 0)
     torch.testing.assert_close(seen[0][0], expected.transpose(0, 1).flatten(1), atol=1e-5, rtol=1e-4)
-    np.testing.assert_allclose(looks[1].after, 0, atol=1e-5)  # exclusive: nothing along the own value is left
-    assert np.abs(looks[1].before).max() > 0.1
-    np.testing.assert_array_equal(looks[0].after, looks[0].before)
+    outputs, own = expected, values.repeat_interleave(2, 0)
+    np.testing.assert_allclose(looks[2].own, torch.cosine_similarity(outputs, own, -1).flatten(), atol=1e-4)
+    np.testing.assert_allclose(looks[2].own.reshape(4, 12)[:, 0], 1, atol=1e-5)  # the first token sees only itself
+    pieces = tokens.tolist()
+    some = [t for t in range(12) if any(p != pieces[t] for p in pieces[:t])]
+    possible = torch.cosine_similarity(outputs[:, :, None], own[:, None], -1).numpy()  # (H, T, T)
+    for t, given in zip(some, looks[2].other.reshape(4, -1).T, strict=True):
+        ways = [s for s in range(t) if pieces[s] != pieces[t]]
+        assert any(np.allclose(given, possible[:, t, s], atol=1e-4) for s in ways)
     table = probes.value_embedding_sizes(model, tokens)
     assert table["layer"].tolist() == [2] and (table.to_numpy() > 0).all()
 
@@ -391,7 +397,7 @@ def test_gate_values_are_in_use():
     found = probes.gate_values(model)
     assert found["smear gate"] == pytest.approx(0.5)
     assert found["gate of TTT-Linear"] == found["gate of NativeFlow"] == pytest.approx(0.0066929, abs=1e-6)
-    assert len(found["residual mix: stream"]) == 11 * 64 and "gate of FlowRefiner" not in found
+    assert len(found["residual mix r0 (stream)"]) == 11 * 64 and "gate of FlowRefiner" not in found
 
 
 @pytest.mark.parametrize("preset", ["pr1166_e2e_ttt_flow", "pr1232_flow", "pr1406"])
@@ -498,11 +504,15 @@ def test_pictures_are_pure():
     )
     draws = [
         lambda: architecture_plots.attention(weights, [str(i) for i in range(30)], layer=0),
-        lambda: architecture_plots.own_value_share([weights[0]] * 2, [weights[1]] * 2, (1,)),
-        lambda: architecture_plots.gates({"many": weights[0], "one": np.array([0.007]), "two": [1.0, 2.0]}),
+        lambda: architecture_plots.own_value([weights[0]] * 2, [weights[1]] * 2, (1,)),
+        lambda: architecture_plots.gates(
+            {"many": weights[0], "one": np.array([0.007]), "two": [1.0, 2.0]},
+            {"many": 0.5, "one": 0.006, "two": [0, 1]},
+        ),
         lambda: architecture_plots.rope({64: [1.0, 0.1], 128: [1.0, 0.05]}, 64),
         lambda: architecture_plots.collisions([0, 3, 2], [np.nan, 0.4, 0.9]),
         lambda: architecture_plots.effects(table),
+        lambda: architecture_plots.guess(table.iloc[0].to_dict(), "better", 1.0),
     ]
     before = weights.copy(), table.copy()
     for draw in draws:
