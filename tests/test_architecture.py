@@ -369,9 +369,9 @@ def test_recorded_attention_is_the_attention_that_was_computed():
     pieces = tokens.tolist()
     some = [t for t in range(12) if any(p != pieces[t] for p in pieces[:t])]
     possible = torch.cosine_similarity(outputs[:, :, None], own[:, None], -1).numpy()  # (H, T, T)
-    for t, given in zip(some, looks[2].other.reshape(4, -1).T, strict=True):
+    for t, cosines in zip(some, looks[2].other.reshape(4, -1).T, strict=True):
         ways = [s for s in range(t) if pieces[s] != pieces[t]]
-        assert any(np.allclose(given, possible[:, t, s], atol=1e-4) for s in ways)
+        assert any(np.allclose(cosines, possible[:, t, s], atol=1e-4) for s in ways)
     table = probes.value_embedding_sizes(model, tokens)
     assert table["layer"].tolist() == [2] and (table.to_numpy() > 0).all()
 
@@ -453,6 +453,38 @@ def test_reference_results_are_those_of_the_job():
     assert len(effects) == len(job["variants"]) - 1 and set(effects["n"]) == {len(job["seeds"])}
     wide = table.pivot(index="seed", columns="variant", values="val_bpb")
     assert effects.loc["no_xsa", "mean"] == pytest.approx((wide["no_xsa"] - wide["base"]).mean())
+
+
+def test_switches_in_words():
+    table = pd.DataFrame(
+        {
+            "variant": ["base"] * 3 + ["up"] * 3 + ["down"] * 3 + ["same"] * 3,
+            "seed": [1, 2, 3] * 4,
+            "val_bpb": [2.0, 2.1, 2.2, 2.101, 2.2, 2.299, 1.9, 2.001, 2.1, 1.9, 2.3, 2.1],
+            "parameters": [100] * 3 + [100] * 3 + [90] * 3 + [1200] * 3,
+        }
+    )
+    effects = comparisons.switch_effects(table)
+    up, down, same, absent = (comparisons.switch_in_words(effects, name) for name in ("up", "down", "same", "other"))
+    assert "`up` is **worse** than the base model: +0.1000" in up and "n = 3 pairs, +0 parameters" in up
+    assert "**better** than" in down and "-10 parameters" in down
+    assert "not to be told apart from" in same and "+1,100 parameters" in same
+    assert absent == "`other` is not in this study"
+    found = comparisons.switch_findings(effects)
+    assert "1 of 3 intervals contain 0" in found[0]
+    assert "Faster at first, in bits per byte: `down` (-0.0997). Slower: `up` (+0.1000)" in found[1]
+    assert "p below 0.05/3) leaves `up` (+0.1000), `down` (-0.0997)" in found[2]
+
+
+def test_the_guess_hides_the_effect_until_it_is_made():
+    table = pd.read_csv(PROJECT / "runs" / "reference" / "architecture" / "results.csv")
+    panel = architecture_panels.guess(comparisons.switch_effects(table))
+    hidden, shown = panel.figure(switch="no_xsa"), panel.figure(switch="no_xsa", guessed="better")
+    assert len(hidden.axes[0].lines) == 1 and len(shown.axes[0].lines) == 3
+    assert "guess first" in hidden.axes[0].get_title("left")
+    assert shown.axes[0].get_title("left") == "no_xsa: worse, you guessed 'better'"
+    assert panel.figure(switch="canon", guessed="no difference").axes[0].get_title("left").endswith("as you guessed")
+    assert panel.figure(switch="untied_head").axes[0].get_xlim() == hidden.axes[0].get_xlim()
 
 
 def test_step_errors_are_small_and_reported():

@@ -103,7 +103,7 @@ def data_flow(model: ModelConfig) -> Picture:
     notes = [f"{mark}: {text}" for key, mark, text in MARKS if getattr(model, key)]
     notes += ["purple: skip, added with a weight a channel"] if model.unet_skips and half else []
     notes += ["orange: runs twice or more"] if again else []
-    notes += ["every block also mixes in the last input box"]
+    notes += ["every block also mixes in the last input box (residual mix)"]
     lowest = min(0.0, bottom, rows - 1 - (len(tail) - 1) * step) - 1.1
     half_way = -(-len(notes) // 2)
     lines = ["      ".join(notes[:half_way]), "      ".join(notes[half_way:])]
@@ -166,13 +166,14 @@ def gates(values: Mapping[str, ArrayLike], starts: Mapping[str, ArrayLike]) -> P
     columns = 4
     rows = -(-len(values) // columns)
     figure, all_axes = new(columns, nrows=rows, width=10.5, height=1.8 * rows + 0.3)
-    for axes, (name, given), colour in zip(all_axes, values.items(), CYCLE * 3, strict=False):
+    for axes, (name, given), colour in zip(all_axes, values.items(), CYCLE[:6] * 3, strict=False):
         one = np.asarray(given, float).ravel()
+        first = np.unique(np.asarray(starts[name], float))
         if len(one) == 1:
             axes.axvline(one[0], color=colour, linewidth=3)
+            axes.set_xlim(min(0.0, 1.5 * one[0]), 1.5 * max(one[0], *first))
         else:
             axes.hist(one, bins=min(30, max(8, len(one) // 4)), color=colour)
-        first = np.unique(np.asarray(starts[name], float))
         for start in first:
             axes.axvline(start, color=BLACK, linewidth=1.4, linestyle="--")
         shown = f"{one[0]:.5f}" if len(one) == 1 else f"n = {len(one)}, mean {one.mean():.3f}"
