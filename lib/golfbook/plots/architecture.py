@@ -172,6 +172,7 @@ def gates(values: Mapping[str, ArrayLike], starts: Mapping[str, ArrayLike]) -> P
         if len(one) == 1:
             axes.axvline(one[0], color=colour, linewidth=3)
             axes.set_xlim(min(0.0, 1.5 * one[0]), 1.5 * max(one[0], *first))
+            axes.locator_params(axis="x", nbins=4)
         else:
             axes.hist(one, bins=min(30, max(8, len(one) // 4)), color=colour)
         for start in first:
