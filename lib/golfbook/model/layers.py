@@ -18,7 +18,9 @@ from golfbook.model.attention import Backend, causal_attention
 from golfbook.model.kernels import add_scaled, mix, normed_heads, remove_own_value, rms_norm, squared_leaky_relu
 
 
-def rope_frequencies(length: int, dims: int, base: float, train_length: int, device: torch.device | None = None):
+def rope_frequencies(
+    length: int, dims: int, base: float, train_length: int, device: torch.device | None = None
+) -> Tensor:
     """Return the angle a position of each rotated pair in an input of ``length`` tokens, (dims/2,) float32.
 
     Beyond ``train_length`` the base grows to ``base * (length/train_length)^(dims/(dims-2))`` (NTK rule, PR 1166
@@ -26,7 +28,8 @@ def rope_frequencies(length: int, dims: int, base: float, train_length: int, dev
     """
     if length > train_length:
         base = base * (length / train_length) ** (dims / (dims - 2))
-    return base ** -(torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims)
+    exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
+    return torch.pow(base, -exponents)
 
 
 @functools.lru_cache(maxsize=16)
