@@ -139,7 +139,8 @@ def product_ceiling(device: torch.device, precision: str, size: int = 0, seconds
     for side in sizes:
         shape, dtype = (side, side), getattr(torch, precision)
         a, b = (torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(2))
-        times, end = [], time.perf_counter() + seconds
+        times: list[float] = []
+        end = time.perf_counter() + seconds
         while len(times) < 3 or time.perf_counter() < end:
             started = clock()
             torch.mm(a, b)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from golfbook.config.schema import TrainConfig
 from golfbook.panels.base import Choice, Panel, Slider, Switch
 from golfbook.plots import schedules
 from golfbook.plots.style import Picture
-
-if TYPE_CHECKING:
-    pass
 
 
 def schedule(train: TrainConfig) -> Panel:
