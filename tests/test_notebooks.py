@@ -93,9 +93,9 @@ def test_form(path: Path) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_size_and_style(path: Path) -> None:
     cells = read(path).cells
-    assert len(cells) <= 40
+    assert len(cells) <= 60
     lines = [line for source in code(path) for line in source.splitlines() if line.strip()]
-    assert len(lines) <= 150
+    assert len(lines) <= 240
     for source in code(path):
         assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(ast.parse(source)))
     card = cells[0].source
@@ -228,7 +228,7 @@ def test_training_without_the_tables_of_its_study_says_how_to_make_them(
     notebook = execute(home, "03_training", run_dir=str(scored[1].path))
     printed = json.dumps(notebook.cells)
     assert "golfbook run papermill_jobs/training.yaml; golfbook collect training --reference" in printed
-    assert pictures(notebook) >= 5 and "Reference study." not in json.dumps(notebook.cells[-2].outputs)
+    assert pictures(notebook) >= 5 and "Reference study" not in json.dumps(notebook.cells[-3].outputs)
 
 
 @pytest.mark.parametrize(("name", "done"), [("03_training", 1), ("04_quantization", 2)])

@@ -38,6 +38,18 @@ def read_reference(study: str) -> tuple[pd.DataFrame, pd.DataFrame] | None:
     return results, pd.read_csv(folder / "curves.csv")
 
 
+def about(results: pd.DataFrame) -> str:
+    """Return what a study is, in two lines: its runs, the size of its base, and what made them."""
+    base = results[results["variant"] == "base"]
+    made = [" / ".join(map(str, results[key].unique())) for key in ("torch_version", "precision", "processor")]
+    return (
+        f"{len(results)} runs of {results['variant'].nunique()} variants, n = {len(base)} seeds of the base, "
+        f"{results['train_seconds'].sum() / 60:.0f} minutes of training in all; the base: {base['steps'].max()} steps, "
+        f"{base['tokens_seen'].max():,} tokens, {base['parameters'].max():,} parameters\n"
+        f"torch {made[0]}, {made[1]}, {made[2]}"
+    )
+
+
 def differing_in(results: pd.DataFrame, *settings: str) -> pd.DataFrame:
     """Runs of ``base`` and of all variants that differ from it in nothing but ``settings``."""
     others = [name for name in results.columns if "." in name and name not in settings]
@@ -184,10 +196,10 @@ def findings(results: pd.DataFrame) -> list[str]:
     :data:`SETTINGS` is told variant by variant.
     """
     if not set(results) >= SETTINGS:
-        words = ("is better than", "is worse than", "cannot be told from")
+        verdicts = ("is better than", "is worse than", "cannot be told from")
         effects = switch_effects(results).to_dict("records")
         return [
-            f"**{one['variant']} {_clear(one, *words)} base.** Bits per byte, n = {one['n']} pairs: "
+            f"**{one['variant']} {_clear(one, *verdicts)} base.** Bits per byte, n = {one['n']} pairs: "
             + _in_numbers({**one, "label": "difference"})
             for one in effects
         ]
