@@ -165,6 +165,7 @@ def test_rounded_products_are_refused(monkeypatch):
     assert not compute.products_are_exact("onednn")
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to a core")
 def test_the_ceiling_is_a_speed_of_products_and_busy_neighbours_do_not_lower_it():
     torch.set_num_threads(1)
     quiet = compute.product_ceiling(CPU, "float32", size=128)
