@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from golfbook.analysis.statistics import paired_difference, summarize
+from golfbook.analysis.statistics import paired_difference
 from golfbook.errors import GolfbookError
 from golfbook.study.results import reference_folder
 
@@ -62,21 +62,6 @@ def by_learning_rate(results: pd.DataFrame) -> pd.DataFrame:
     rows = differing_in(results, "train.matrix_optimizer", "train.matrix_lr")
     rows = rows.assign(series=rows["train.matrix_optimizer"].map(OPTIMIZERS), x=rows["train.matrix_lr"])
     return rows.sort_values(["series", "x", "seed"], ascending=[False, True, True])
-
-
-def best_rates(runs: pd.DataFrame) -> pd.DataFrame:
-    """The best learning rate of each series of :func:`by_learning_rate`: rate, mean, interval, n, and ``at_edge``.
-
-    A rate with fewer seeds than another (a run that diverged) is out of the choice. ``at_edge`` says that the best one
-    is the smallest or largest tried, so that a better one may lie beyond.
-    """
-    found = []
-    for series, mine in summarize(runs, "val_bpb", ["series", "x"]).groupby("series", sort=False):
-        whole = mine[mine["n"] == mine["n"].max()]
-        best = whole.sort_values("mean").iloc[0]
-        edge = best["x"] in (mine["x"].min(), mine["x"].max())
-        found.append({"series": series, "rate": best["x"], "at_edge": edge, **best[["n", "mean", "low", "high"]]})
-    return pd.DataFrame(found)
 
 
 def optimizer_differences(runs: pd.DataFrame, a: str = "Muon", b: str = "AdamW") -> pd.DataFrame:
@@ -203,8 +188,7 @@ def findings(results: pd.DataFrame) -> list[str]:
             + _in_numbers({**one, "label": "difference"})
             for one in effects
         ]
-    runs = by_learning_rate(results)
-    optimizers, four = optimizer_differences(runs), averaging_and_warmdown(results)[1]
+    optimizers, four = optimizer_differences(by_learning_rate(results)), averaging_and_warmdown(results)[1]
     averages, sizes = by_averaging(results)[1], by_batch_size(results)
     parts = {_of_both(four): four, _of_optimizers(optimizers): optimizers}
     parts[_of_all("length and shape of the warmdown", "the base's", by_warmdown(results)[1])] = by_warmdown(results)[1]
@@ -217,12 +201,6 @@ def findings(results: pd.DataFrame) -> list[str]:
     for words, table in parts.items():
         clauses = "; ".join(_in_numbers(d) for d in table.to_dict("records"))
         found.append(f"**{words}.** Bits per byte, n = {table['n'].min()} pairs: {clauses}.")
-    rates = best_rates(runs)
-    edge = rates.loc[rates["at_edge"], "series"].tolist()
-    if edge:
-        found.append(
-            f"The best rate of {' and '.join(edge)} is at the edge of those tried: a better one may lie beyond."
-        )
     values = pd.concat([table["p_value"] for table in parts.values()]).round(15).drop_duplicates()  # each once
     strict = int((values < 0.05 / max(len(values), 1)).sum())
     found.append(
@@ -322,10 +300,5 @@ def _difference(label: str, a: Any, b: Any) -> dict[str, Any]:
 
 def switch_effects(runs: pd.DataFrame, *, base: str = "base", value: str = "val_bpb") -> pd.DataFrame:
     """Paired difference of every variant from ``base`` over equal seeds, with its 95 % t-interval."""
-    reference = runs.loc[runs["variant"] == base].set_index("seed")[value]
-    rows = []
-    for variant, group in runs.loc[runs["variant"] != base].groupby("variant", sort=False):
-        pairs = pd.concat([group.set_index("seed")[value], reference], axis=1, join="inner")
-        d = paired_difference(pairs.iloc[:, 0], pairs.iloc[:, 1])
-        rows.append({"variant": variant, "mean": d.mean, "low": d.low, "high": d.high, "n": d.n, "p_value": d.p_value})
-    return pd.DataFrame(rows)
+    rows = runs.assign(label=runs["variant"], val_bpb=runs[value])
+    return _differences(rows, rows["variant"] == base).drop(columns="group").rename(columns={"label": "variant"})

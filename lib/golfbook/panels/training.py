@@ -1,20 +1,14 @@
-"""The panels of the training notebook.
-
-Tables of results are those of :func:`golfbook.study.results.reference_tables`: a row a run, with a column for every
-setting in which runs differ (``train.matrix_lr``). Comparisons are chosen by these settings and not by the names of
-variants, so further rates, warmdowns or batch sizes may join the job; the variant all are compared with is ``base``.
-"""
+"""The panels of the training notebook."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from golfbook.analysis.comparisons import best_rates, by_batch_size, by_learning_rate
 from golfbook.analysis.optimizers import Valley, direction_sizes
 from golfbook.panels.base import Choice, Panel, Slider, Switch, interactive
 from golfbook.plots import optimizers as optimizer_plots
@@ -86,29 +80,22 @@ def newton_schulz_frames(matrix: Tensor, name: str, steps: int = 5) -> tuple[lis
     return [frame(m) for m in moments], [2500 if m == steps else 900 if m.is_integer() else 220 for m in moments]
 
 
-def learning_rates(results: pd.DataFrame, curves: pd.DataFrame) -> Panel:
-    """Pick two runs of the learning-rate sweep, see their validation curves; starts at the best of each optimiser."""
-    runs = by_learning_rate(results)
-    best = best_rates(runs)
-    chosen = [
-        str(runs.loc[(runs["series"] == one["series"]) & (runs["x"] == one["rate"]), "variant"].iloc[0])
-        for one in best.to_dict("records")
-    ]
-    return _sweep_panel(
-        runs,
-        curves,
-        runs["series"] + " " + runs["x"].map("{:g}".format),
-        (chosen * 2)[:2],
-        "learning rate of the matrices",
-        10,
+def curves(results: pd.DataFrame, curves: pd.DataFrame) -> Panel:
+    """Pick two variants of a study, see their validation curves over tokens, steps or time; starts at base and best."""
+    means = results.groupby("variant", sort=False)["val_bpb"].mean()
+    names = {variant: variant for variant in means.index}
+
+    def draw(first: str, second: str, x: str) -> Picture:
+        return training_plots.curves(curves, (first, second), x=x)
+
+    return Panel(
+        draw,
+        {
+            "first": Choice("one", "base", names),
+            "second": Choice("the other", means.drop("base").idxmin(), names),
+            "x": Choice("over", "tokens_seen", {label: key for key, label in training_plots.COUNTS.items()}),
+        },
     )
-
-
-def batch_sizes(results: pd.DataFrame, curves: pd.DataFrame) -> Panel:
-    """Pick two batch sizes at equal tokens and see their validation curves over tokens, steps or time."""
-    runs, _ = by_batch_size(results)
-    largest = str(runs.sort_values("x")["variant"].iloc[-1])
-    return _sweep_panel(runs, curves, runs["label"], ["base", largest], "tokens of a step", 2)
 
 
 def trajectories(points: pd.DataFrame, events: pd.DataFrame, runs: pd.DataFrame) -> Panel:
@@ -120,23 +107,3 @@ def trajectories(points: pd.DataFrame, events: pd.DataFrame, runs: pd.DataFrame)
 
     metrics = {label: key for key, label in training_plots.METRICS.items()}
     return Panel(draw, {"metric": Choice("metric", "val_bpb", metrics), "gepa": Switch("with GEPA", False)})
-
-
-def _sweep_panel(
-    runs: pd.DataFrame, curves: pd.DataFrame, labels: pd.Series, start: Sequence[str], xlabel: str, base: float
-) -> Panel:
-    names = dict(zip(labels, runs["variant"], strict=True))
-    back = {variant: label for label, variant in names.items()}
-
-    def draw(first: str, second: str, x: str) -> Picture:
-        chosen = {back[variant]: variant for variant in (first, second)}
-        return training_plots.sweep_curves(runs, curves, chosen, xlabel=xlabel, base=base, x=x)
-
-    return Panel(
-        draw,
-        {
-            "first": Choice("one", start[0], names),
-            "second": Choice("the other", start[1], names),
-            "x": Choice("over", "tokens_seen", {label: key for key, label in training_plots.COUNTS.items()}),
-        },
-    )

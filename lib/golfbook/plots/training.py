@@ -6,7 +6,7 @@ one row a run, and differences one row a comparison; :mod:`golfbook.panels.train
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from golfbook.analysis.comparisons import RUN, SYSTEMS
 from golfbook.analysis.statistics import describe
-from golfbook.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Picture, new, styled
+from golfbook.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, ORANGE, PURPLE, RED, Picture, new, styled
 
 METRICS = {
     "val_bpb": "validation (bits per byte)",
@@ -130,35 +130,28 @@ def sweep(
 
 
 @styled
-def sweep_curves(
-    scores: pd.DataFrame, curves: pd.DataFrame, chosen: Mapping[str, str], *, xlabel: str, base: float, x: str
-) -> Picture:
-    """The sweep of :func:`sweep` with some variants picked out, and the validation curves of these.
+def curves(curves: pd.DataFrame, variants: Sequence[str], *, x: str) -> Picture:
+    """Validation curves of some variants: thin a seed, thick the mean.
 
-    ``scores`` needs a column ``variant`` too. ``curves`` has ``variant``, ``seed``, ``val_bpb`` and the columns of
-    :data:`COUNTS`, one row a validation; ``chosen`` maps labels to variants, ``x`` is a key of :data:`COUNTS`.
+    ``curves`` has ``variant``, ``seed``, ``step``, ``val_bpb`` and the columns of :data:`COUNTS`, one row a validation;
+    ``x`` is a key of :data:`COUNTS`. The points before the third are cut off where they are high above the rest.
     """
-    figure, (left, right) = new(2, width=10.5, height=4.2)
-    _draw_sweep(left, scores, xlabel=xlabel, base=base, best=False)
-    tops = []
-    for (label, variant), colour in zip(chosen.items(), (BLACK, ORANGE, SKY), strict=False):
-        here = scores[scores["variant"] == variant]
-        if len(here):
-            left.plot(here["x"].iloc[0], here["val_bpb"].mean(), "o", markersize=15, mfc="none", mec=colour, mew=2.5)
+    figure, (axes,) = new(width=8.4, height=4.0)
+    low, top = np.inf, -np.inf
+    for variant, colour in zip(dict.fromkeys(variants), CYCLE, strict=False):
         mine = curves[curves["variant"] == variant]
         for _, one in mine.groupby("seed"):
-            right.plot(one[x], one["val_bpb"], color=colour, linewidth=0.8, alpha=0.5)
+            axes.plot(one[x], one["val_bpb"], color=colour, linewidth=0.8, alpha=0.5)
         mean = mine.groupby("step")[[x, "val_bpb"]].mean()
-        right.plot(mean[x], mean["val_bpb"], color=colour, marker="o", label=f"{label} (n = {mine['seed'].nunique()})")
-        tops += list(mean["val_bpb"].iloc[2:3] if len(mean) > 3 else mean["val_bpb"].iloc[:1])
-    left.set_title("Score after training")
-    right.set(xlabel=COUNTS[x], ylabel="bits per byte", title="On the way (last point: averaged weights)")
-    right.xaxis.set_major_locator(MaxNLocator(5))
-    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1e4 else f"{value:g}"))
-    if tops:
-        low = float(curves.loc[curves["variant"].isin(list(chosen.values())), "val_bpb"].min())
-        right.set_ylim(low - 0.05 * (max(tops) - low + 1e-3), max(tops) + 0.1 * (max(tops) - low + 1e-3))
-        right.legend()
+        label = f"{variant} (n = {mine['seed'].nunique()})"
+        axes.plot(mean[x], mean["val_bpb"], color=colour, marker="o", label=label)
+        low, top = min(low, mine["val_bpb"].min()), max(top, mean["val_bpb"].iloc[:3].iloc[-1])
+    margin = 0.08 * (top - low) + 1e-3
+    axes.set(xlabel=COUNTS[x], ylabel="bits per byte", title="On the way (last point: the weights handed on)")
+    axes.set_ylim(low - margin, top + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1e4 else f"{value:g}"))
+    axes.legend()
     return figure
 
 
@@ -240,7 +233,7 @@ def two_by_two(scores: pd.DataFrame, differences: pd.DataFrame, *, title: str, a
     return figure
 
 
-def _draw_sweep(axes: Axes, scores: pd.DataFrame, *, xlabel: str, base: float, best: bool = True) -> None:
+def _draw_sweep(axes: Axes, scores: pd.DataFrame, *, xlabel: str, base: float) -> None:
     means = scores.groupby(["series", "x"])["val_bpb"].mean()
     low, middle = float(scores["val_bpb"].min()), float(means.median())
     top = low + 6.0 * max(middle - low, 1e-3)  # a diverged run must not flatten all the others
@@ -268,11 +261,8 @@ def _draw_sweep(axes: Axes, scores: pd.DataFrame, *, xlabel: str, base: float, b
                     fontsize=9,
                     color=colour,
                 )
-        if best:
-            x = min((at for at in points if points[at].n == counts[-1]), key=lambda at: points[at].mean)
-            axes.plot(
-                x, points[x].mean, "o", markersize=15, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=2
-            )
+        best = min((at for at in points if points[at].n == counts[-1]), key=lambda at: points[at].mean)
+        axes.plot(best, points[best].mean, "o", markersize=15, mfc="none", mec=colour, mew=2)
     shown = scores.loc[scores["val_bpb"] <= top, "val_bpb"]
     reach = float(shown.max()) - low or 0.01
     axes.set(ylim=(low - 0.08 * reach, float(shown.max()) + 0.14 * reach), xlabel=xlabel, ylabel="bits per byte")
