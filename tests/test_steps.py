@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -163,8 +165,23 @@ def test_rounded_products_are_refused(monkeypatch):
     assert not compute.products_are_exact("onednn")
 
 
-def test_the_ceiling_is_a_speed_of_products():
-    assert compute.product_ceiling(CPU, "float32", size=128, repeats=2) > 1e8
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to a core")
+def test_the_ceiling_is_a_speed_of_products_and_busy_neighbours_do_not_lower_it():
+    torch.set_num_threads(1)
+    quiet = compute.product_ceiling(CPU, "float32", size=128)
+    assert quiet > 1e8
+    core = min(os.sched_getaffinity(0))
+    before = os.sched_getaffinity(0)
+    spin = f"import os; os.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(4)]
+    try:
+        os.sched_setaffinity(0, [core])
+        assert compute.product_ceiling(CPU, "float32", size=512) > 0.5 * quiet
+    finally:
+        os.sched_setaffinity(0, before)
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def test_adamw_on_the_matrices_and_unknown_attention():
