@@ -116,6 +116,10 @@ class Tokenizer:
                 )
         return [str(text) for text in self._processor.decode(lists)] if lists else []
 
+    def decode_documents(self, tokens: Array) -> list[str]:
+        """Text of each document of a stream, which BOS tokens cut; what stands before the first BOS is left out."""
+        return self.decode_batch(np.split(tokens, np.flatnonzero(tokens == self.bos_id))[1:])
+
     def differences(self, text: str, decoded: str) -> list[tuple[str, str]]:
         """Pieces of ``text`` that are something else in ``decoded``, which its tokens decode to; in order, no more.
 
