@@ -60,7 +60,7 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
     if kind == "seeds_needed":
         return seed_panels.seeds_needed(0.0312, 0.0063)
     if kind == "ladder":
-        return text_panels.ladder({"raw": 39215, "lzma": 15204, "model": 13302.5}, unit="bytes")
+        return text_panels.ladder({"raw": 39215, "lzma": 15204, "model": 13302.5}, unit="bytes", title="Sizes")
     rows = [(bits, 100 * bits, 2 + 2.0**-bits) for bits in range(3, 9)]
     return size_panels.bits_choice(pd.DataFrame(rows, columns=["bits", "artifact_bytes", "val_bpb"]))
 

@@ -37,7 +37,7 @@ def bits_and_clip(weight: Tensor, name: str, *, bits: int = 6) -> Panel:
 
 
 def bits_choice(table: pd.DataFrame, *, bits: int = 6, lost: float = 0.01) -> Panel:
-    """Move through whole models with 3, 4, ... bits: artifact bytes and score; guess the fewest that lose < ``lost``."""
+    """Move through whole models with 3, 4, ... bits: bytes and score; guess the fewest that lose < ``lost``."""
     low, high = int(table["bits"].min()), int(table["bits"].max())
     best = float(table.loc[table["bits"] == high, "val_bpb"].iloc[0])
     enough = float(table.loc[table["val_bpb"] < best + lost, "bits"].min())

@@ -41,15 +41,14 @@ def losses(model: GPT, tokenizer: Tokenizer, text: str) -> Panel:
     return Panel(draw, {"text": Text("text", text)}, height=320)
 
 
-def ladder(values: Mapping[str, float], *, unit: str, number: str = "{:,.0f}") -> Panel:
+def ladder(values: Mapping[str, float], *, unit: str, title: str, number: str = "{:,.0f}") -> Panel:
     """Guess the last of ``values`` before its bar is drawn; where nobody can guess, the picture shows it."""
     *known, last = values.values()
     step = 10.0 ** (len(f"{max(known):.0f}") - 3)  # three digits are enough for a guess
 
     def draw(guess: float) -> Picture:
-        guessed = guess > 0
-        shown = guessed or not interactive()
-        return text_plots.ladder(values, unit=unit, number=number, guess=guess if guessed else None, shown=shown)
+        shown = guess > 0 or not interactive()
+        return text_plots.ladder(values, unit=unit, title=title, number=number, guess=guess or None, shown=shown)
 
     high = float(np.ceil(max(*known, last) / step) * step)
     return Panel(draw, {"guess": Slider(f"my guess ({unit})", 0, 0, high, step)})

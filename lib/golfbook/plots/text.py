@@ -137,7 +137,13 @@ def tokens(
 
 @styled
 def ladder(
-    values: Mapping[str, float], *, unit: str, number: str = "{:,.0f}", guess: float | None = None, shown: bool = True
+    values: Mapping[str, float],
+    *,
+    unit: str,
+    title: str,
+    number: str = "{:,.0f}",
+    guess: float | None = None,
+    shown: bool = True,
 ) -> Picture:
     """Draw one bar a rung, top to bottom, with ``guess`` as a line; the last rung stays empty unless ``shown``."""
     names, lengths = list(values), [*values.values()]
@@ -153,7 +159,7 @@ def ladder(
     axes.set_xlim(0, max(lengths) * 1.22)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,g}"))
-    axes.set(xlabel=unit)
+    axes.set(xlabel=unit, title=title)
     return figure
 
 
