@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import itertools
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 
 from golfbook.analysis.counts import frequencies
 from golfbook.data.dataset import unigram_bits_per_byte
-from golfbook.data.tokenizer import SPACE, Tokenizer
+from golfbook.data.tokenizer import SPACE, Tokenizer, train_tokenizer
 from golfbook.evaluate.scoring import bits_per_byte
 from golfbook.exercises.check import Misconception
-from golfbook.files import cache_root
 
 Array = np.ndarray[Any, Any]
 LETTERS = "aeioustrnéü"
@@ -25,8 +24,10 @@ def byte_counter(answer: Callable[[str, str, set[str]], int]) -> str:
     """Judge ``answer(previous, piece, boundaries)`` by ``Tokenizer.token_bytes``, on documents and two tokenizers."""
     luck = np.random.default_rng()
     documents = [_document(luck) for _ in range(12)]
-    for swallows in (False, True):  # as the workbook's own tokenizer decodes, and as the challenge's does
-        tokenizer = invented_tokenizer(documents, swallows)
+    for swallows in (False, True):  # as the workbook's own tokenizers decode, and by SentencePiece's default
+        with tempfile.TemporaryDirectory() as folder:
+            path = train_tokenizer(documents, 320, Path(folder) / "invented.model", dummy_prefix=swallows)
+            tokenizer = Tokenizer.load(path)
         ids = np.concatenate([tokenizer.encode_document(text) for text in documents])
         pieces = [tokenizer.piece(token) for token in ids]
         boundaries = {tokenizer.piece(token) for token in np.flatnonzero(tokenizer.byte_table.boundary).tolist()}
@@ -61,21 +62,6 @@ def _document(luck: np.random.Generator) -> str:
     words = ["".join(luck.choice(list(LETTERS), luck.integers(1, 7))) for _ in range(30)]
     odd = luck.permutation(["🚀", "\n", "naïve", "日本", "  ", "\t"])
     return " ".join([*words[:10], *odd, *words[10:]])
-
-
-def invented_tokenizer(documents: list[str], swallows: bool) -> Tokenizer:
-    """Return a small tokenizer; ``swallows``: a space is put before each document and taken away again in decoding.
-
-    The workbook's own tokenizers do not do that, the challenge's does.
-    """
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents), model_writer=model, model_type="bpe", vocab_size=310, byte_fallback=True,
-        hard_vocab_limit=False, character_coverage=0.99, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, add_dummy_prefix=swallows, num_threads=1, minloglevel=2,
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-    )  # fmt: skip
-    return Tokenizer(model.getvalue(), cache_root() / "invented.model")
 
 
 def honest_unigram(answer: Callable[[Array, Array, int, int], float]) -> str:

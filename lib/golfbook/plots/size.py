@@ -160,7 +160,7 @@ def bits_choice(table: pd.DataFrame, chosen: int) -> Picture:
     right.set(ylabel="bits per byte, reloaded")
     for axes in (left, right):
         axes.set(xlabel="bits of a matrix weight", xticks=list(rows["bits"]))
-        axes.margins(y=0.15)
+        axes.margins(x=0.08, y=0.15)
     figure.suptitle(
         f"{chosen} bits: artifact of {one['artifact_bytes']:,.0f} bytes, {one['val_bpb']:.3f} bits per byte",
         x=0.01,
