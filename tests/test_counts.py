@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -27,7 +28,7 @@ def test_pairs_are_counted_and_nothing_is_impossible() -> None:
     table = np.array([pairs.after(token) for token in range(6)])
     np.testing.assert_allclose(table.sum(axis=1), 1.0)
     text = np.array([1, 4, 3, 5, 5], np.uint16)
-    bits = -sum(math.log2(table[a, b]) for a, b in zip(text[:-1], text[1:], strict=True))
+    bits = -sum(math.log2(table[a, b]) for a, b in itertools.pairwise(text))
     assert pairs.bits_per_byte(text, 7) == pytest.approx(bits / 7)
 
 
