@@ -42,5 +42,5 @@ def bits_choice(table: pd.DataFrame, *, bits: int = 6, lost: float = 0.01) -> Pa
     best = float(table.loc[table["bits"] == high, "val_bpb"].iloc[0])
     enough = float(table.loc[table["val_bpb"] < best + lost, "bits"].min())
     panel = Panel(lambda bits: size_plots.bits_choice(table, int(bits)), {"bits": Slider("bits", bits, low, high)})
-    question = Slider(f"my guess: bits that lose less than {lost:g}", low - 1, low - 1, high)
+    question = Slider(f"my guess: bits that lose < {lost:g}", low - 1, low - 1, high)
     return guessing(panel, question, lambda bits: enough)
