@@ -86,6 +86,9 @@ def examples() -> dict[str, style.Picture]:
         "vocabularies": text_plots.vocabularies(
             pd.DataFrame({"pieces": [300, 900], "bits_per_token": [6.0, 8.0], "bits_per_byte": [4.0, 3.0]})
         ),
+        "ladder": text_plots.ladder(
+            {"raw": 39215, "lzma": 15204, "model": 13302.5}, unit="bytes", title="Sizes", guess=14000
+        ),
         "windows": text_plots.windows(plan.starts, plan.first, plan.stop, window=32, targets=100),
         "times_scored": text_plots.times_scored([1, 1], [1, 4], first_target=7),
         "loss_by_context": text_plots.loss_by_context(np.arange(200) % 20 + 1, {"model": rng.exponential(2, 200)}),

@@ -9,6 +9,7 @@ import ast
 import json
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import papermill
 import pytest
 
 from conftest import invent_choices
+from golfbook.compress.container import read_artifact
 from golfbook.config.load import load_config
 from golfbook.data import dataset
 from golfbook.run import STAGE_NOTEBOOKS, Run, create_run, list_runs
@@ -111,7 +113,15 @@ def test_links_lead_to_files(path: Path) -> None:
     targets = [part.split(")")[0] for part in text.split("](")[1:]]
     assert targets or path.stem == "10_seeds"
     for target in targets:
-        assert (FOLDER / target).is_file(), target
+        file, _, heading = target.partition("#")
+        assert (FOLDER / (file or path.name)).is_file(), target
+        headings = {
+            line.lstrip("# ")
+            for cell in read(FOLDER / (file or path.name)).cells
+            for line in cell.source.splitlines()
+            if line.startswith("#")
+        }
+        assert not heading or heading.replace("-", " ") in headings, target
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
@@ -271,11 +281,26 @@ def test_seeds_plots_finished_runs_and_names_the_others(home: Path, scored: tupl
 
 def test_tour(home: Path) -> None:
     notebook = execute(home, "00_tour", seed=3, overrides=smoke(home))
-    (run,) = list_runs("tour")
-    score = run.read_result("test_time_training")
+    (run,) = [run for run in list_runs("tour") if run.variant == "tour"]
+    (half,) = [run for run in list_runs("tour") if run.variant == "halfway"]
+    score, printed = run.read_result("test_time_training"), json.dumps(notebook.cells, ensure_ascii=False)
     assert score is not None and run.is_done("test_time_training")
-    assert pictures(notebook) >= 7
-    assert f"{score['val_bpb']:.4f}" in json.dumps(notebook.cells[-3:])
+    assert pictures(notebook) >= 9
+    assert f"{score['val_bpb']:.4f}" in json.dumps([cell.get("outputs") for cell in notebook.cells[-4:]])
+    curve = {p["step"]: p["val_bpb"] for p in run.read_metrics() if p["kind"] == "validation"}
+    assert (half.read_result("training") or {})["val_bpb"] == curve[3], "a shorter run takes the same steps"
+    assert all(f"—— {step} steps ——\\nReturn the number of elements ▸" in printed for step in (0, 3, 6))
+    by_hand, library = re.findall(r"by hand ([0-9.]+), library ([0-9.]+) bits per byte", printed)[-1]
+    assert float(by_hand) == pytest.approx(float(library), abs=2e-4)
+
+
+def test_tour_of_a_model_with_parts_that_only_training_uses(home: Path) -> None:
+    """Heads of multi-token prediction are in no artifact; its window is that of training, whatever is scored with."""
+    overrides = smoke(home, **{"model.mtp.num_heads": 1, "score.window": 16})
+    execute(home, "00_tour", seed=4, overrides=overrides)
+    (run,) = [run for run in list_runs("tour") if run.variant == "tour" and run.config.seed == 4]
+    assert [run.state(stage) for stage in STAGE_NOTEBOOKS] == ["done"] * 3
+    assert read_artifact(run.artifact_path).train_window == 32
 
 
 def test_data(home: Path) -> None:
@@ -287,7 +312,17 @@ def test_data(home: Path) -> None:
     assert data.fingerprint in printed
     assert f"{data.info['unigram_bpb']:.4f} bits per byte" in printed
     assert f"{data.val_bytes:,} bytes" in printed
-    assert pictures(notebook) >= 5
+    assert pictures(notebook) >= 6
+    assert "the challenge's: boundaries ['<pad>', '<s>', '</s>', '<unk>']" in printed
+    unigram, pairs = re.findall(r"frequencies ([0-9.]+) .bound: [0-9.]+., pairs ..([0-9.]+)", printed)[-1]
+    assert float(pairs) < float(unigram) > data.info["unigram_bpb"]
+
+
+def test_data_without_the_challenges_tokenizer_says_so(home: Path) -> None:
+    given = {"vocabularies": [300, 320], "sample_documents": 100, "challenge": "nowhere.model"}
+    printed = json.dumps(execute(home, "01_data_and_bits_per_byte", overrides=smoke(home), **given).cells)
+    assert "nowhere.model is not there, so the challenge's tokenizer is not among those compared" in printed
+    assert "the challenge's: boundaries" not in printed
 
 
 def test_architecture(home: Path) -> None:

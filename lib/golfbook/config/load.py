@@ -25,7 +25,7 @@ from golfbook.errors import ConfigError, DataError, nearest
 from golfbook.files import decode_text, resolve
 
 PARAMETERS: dict[str, type | tuple[type, ...]] = {  # of the notebooks, as papermill may give them
-    **dict.fromkeys(("scale", "study", "variant", "run_dir", "reference"), str),
+    **dict.fromkeys(("scale", "study", "variant", "run_dir", "reference", "challenge"), str),
     **dict.fromkeys(("sample_tokens", "look_tokens", "sample_documents"), int),
     "overrides": (Mapping, type(None)),
     "vocabularies": list,

@@ -121,6 +121,21 @@ class Panel:
         return ipywidgets.VBox([controls, message, image])
 
 
+def guessing(panel: Panel, question: Slider, truth: Callable[..., float]) -> Panel:
+    """Return ``panel`` with one more control, a guess; once it is moved, the picture also says guess and truth.
+
+    ``truth`` maps the state of the panel to the number that was asked for.
+    """
+
+    def draw(guess: float, **state: Any) -> Picture:
+        figure = panel.draw(**state)
+        if guess != question.default:
+            figure.supxlabel(f"your guess: {guess:,g}; it is {truth(**state):,.4g}", color=style.RED)
+        return figure
+
+    return Panel(draw, {"guess": question, **panel.controls}, height=panel.height)
+
+
 def interactive() -> bool:
     """Whether someone can move controls: see the module's docstring."""
     setting = os.environ.get("GOLFBOOK_STATIC", "")
@@ -182,6 +197,7 @@ def _field(control: Control) -> Any:
             description=control.label,
             continuous_update=False,
             style=style,
+            layout=ipywidgets.Layout(width=f"{300 + 7 * len(control.label)}px"),  # a long label leaves room to slide
             **({} if whole else {"readout_format": ".4f"}),
         )
     if isinstance(control, Choice):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from golfbook.compress.rowwise import clip_quantize
-from golfbook.panels.base import Choice, Panel, Slider, Switch
+from golfbook.panels.base import Choice, Panel, Slider, Switch, guessing
 from golfbook.plots import size as size_plots
 from golfbook.plots.style import Picture
 
@@ -36,7 +36,11 @@ def bits_and_clip(weight: Tensor, name: str, *, bits: int = 6) -> Panel:
     )
 
 
-def bits_choice(table: pd.DataFrame, *, bits: int = 6) -> Panel:
-    """Move through a table of whole models with 3, 4, ... bits: error, artifact bytes and score."""
+def bits_choice(table: pd.DataFrame, *, bits: int = 6, lost: float = 0.01) -> Panel:
+    """Move through whole models with 3, 4, ... bits: bytes and score; guess the fewest that lose < ``lost``."""
     low, high = int(table["bits"].min()), int(table["bits"].max())
-    return Panel(lambda bits: size_plots.bits_choice(table, int(bits)), {"bits": Slider("bits", bits, low, high)})
+    best = float(table.loc[table["bits"] == high, "val_bpb"].iloc[0])
+    enough = float(table.loc[table["val_bpb"] < best + lost, "bits"].min())
+    panel = Panel(lambda bits: size_plots.bits_choice(table, int(bits)), {"bits": Slider("bits", bits, low, high)})
+    question = Slider(f"my guess: bits that lose < {lost:g}", low - 1, low - 1, high)
+    return guessing(panel, question, lambda bits: enough)
