@@ -54,10 +54,10 @@ from golfbook.evaluate import scoring
 from golfbook.files import atomic_write_json, runs_root
 from golfbook.model import attention, costs
 from golfbook.model.gpt import GPT, initialise
+from golfbook.plain.layers import masked_attention
 from golfbook.study import stages
 from golfbook.train import choices
 from golfbook.train import step as steps
-from reference import masked_attention
 
 PRESET = "pr1166_e2e_ttt_flow"
 PRESETS = (PRESET, "pr1406", "pr1232_flow")
@@ -111,7 +111,7 @@ class Check:
 
     def config(self, preset: str, **overrides: Any) -> Config:
         """A published system on this device; in the quick form its tiny scale with few layers."""
-        given: Values = {"train.device": self.device.type, "train.precision": "bfloat16", **overrides}
+        given: Values = {"machine.device": self.device.type, "machine.precision": "bfloat16", **overrides}
         if self.quick:
             given = {"model.num_layers": 4, **given}
         return load_config(preset, scale="tiny" if self.quick else "published", overrides=given)
@@ -205,7 +205,7 @@ class Check:
         rows = 1 if self.quick else ROWS[0]
         found: Values = {
             "without TTT-Linear": self.step(PRESET, rows, **{"model.ttt_linear.enabled": False}),
-            "float32": self.step(PRESET, rows, **{"train.precision": "float32"}),
+            "float32": self.step(PRESET, rows, **{"machine.precision": "float32"}),
         }
         torch.use_deterministic_algorithms(False)
         try:
@@ -246,20 +246,17 @@ class Check:
         tokens = np.random.default_rng(0).integers(1024, size=size["window"] + (4 if self.quick else 96) * 64 + 1)
         for preset in (PRESET,) if self.quick else (PRESET, "pr1232_flow"):
             model = bench_training.unlike_zero(initialise(GPT(self.config(preset).model), 0)).to(self.device).eval()
-            plain = plain_training.PlainGPT(model, banks=False).to(self.device).eval()
-
-            def straightforward(_: GPT, tokens: Any, logits: Any = plain.logits, **size: int) -> Any:
-                return bench_scoring.plain_loop(logits, self.device, tokens, **size)
-
-            sides = {
-                "ours": functools.partial(scoring.score, batch_windows=32),
-                "one window at a time": straightforward,
-            }
             for precision in ("float32", "bfloat16"):
-                nll: dict[str, Any] = {}
-                for name, side in sides.items():
-                    work = functools.partial(side, model, tokens, **size)
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                plain, nll = plain_training.plain_model(model.config, model.state_dict(), precision), {}
+                sides: dict[str, Callable[[], Any]] = {
+                    "ours": functools.partial(scoring.score, model, tokens, **size),
+                    "one window at a time": functools.partial(
+                        bench_scoring.one_window_at_a_time, plain, self.device, tokens, **size
+                    ),
+                }
+                for name, work in sides.items():
+                    autocast = precision == "bfloat16" and name == "ours"
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
                         nll[name] = work()
                         seconds = self.seconds(work, repeats=2, warmups=0)
                     found[f"{preset}, {precision}, {name}"] = {
@@ -273,7 +270,9 @@ class Check:
 
     def compiled(self, preset: str, rows: int, precision: str = "bfloat16") -> Values:
         """Losses of compiled and eager steps, and speed; raises where losses differ or a graph is late or missing."""
-        configs = [self.config(preset, **{"train.precision": precision, "train.compile": on}) for on in (True, False)]
+        configs = [
+            self.config(preset, **{"machine.precision": precision, "machine.compile": on}) for on in (True, False)
+        ]
         compiled, eager = map(self.training_step, configs)
         seconds, graphs, losses = compiled.warm_up(rows), steps.compiled_graphs(), []
         if not compiled.compiled:
@@ -301,12 +300,12 @@ class Check:
                 **CORPUS,
                 "data.max_validation_tokens": 4096 if self.quick else 65536,
                 "train.steps": self.count,
-                "train.warmdown_steps": self.count // 2,
+                "train.schedule.warmdown_steps": self.count // 2,
                 "train.batch_tokens": (8 if self.quick else rows * pieces) * length,
                 "train.micro_batches": pieces,
-                "train.compile": compiled,
-                "train.validate_every": 0,
-                "train.checkpoint_every": 0,
+                "machine.compile": compiled,
+                "machine.validate_every": 0,
+                "machine.checkpoint_every": 0,
             },
         )
         run = runs.create_run("gpu_check", f"check_{time.strftime('%Y%m%d_%H%M%S')}", config)

@@ -29,7 +29,7 @@ PROCESSORS = {
 NAMES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 NUMERICAL = (
     *("architecture", "artifact", "attention", "averaging", "choices", "golden_scores", "kernels", "losses", "model"),
-    *("muon", "published", "qat", "quantization", "scoring", "steps", "training"),
+    *("muon", "plain", "published", "qat", "quantization", "scoring", "steps", "training"),
 )
 SHOW = "import torch; print(torch.backends.cpu.get_cpu_capability())"
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # as torch calls them

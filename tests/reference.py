@@ -1,4 +1,4 @@
-"""Deterministic fills and slow, obvious references that the tests compare the library with.
+"""Deterministic fills of weights and tokens, under which published values were computed.
 
 ``fill_hashed`` and ``hashed_tokens`` follow the fill rule under which the published PR 1166/1170/1232 modules were
 evaluated on a CPU in float32; ``sine`` is the generator of the PR 1406 vectors.
@@ -67,12 +67,3 @@ def sine(tag: int, *shape: int) -> torch.Tensor:
     j = np.arange(1, int(np.prod(shape)) + 1, dtype=np.float64)
     x = 43758.5453 * np.sin(12.9898 * j + 78.233 * (tag + 1))
     return torch.from_numpy(x - np.floor(x) - 0.5).view(shape)
-
-
-def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention from its formula: ``q`` (B, H, T, d), ``k`` and ``v`` (B, K, T, d), scale 1/sqrt(d)."""
-    share, time = q.size(1) // k.size(1), q.size(2)
-    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-    scores = q @ k.mT / q.size(-1) ** 0.5
-    seen = torch.ones(time, time, dtype=torch.bool, device=q.device).tril()
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v

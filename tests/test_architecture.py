@@ -21,8 +21,8 @@ from golfbook.analysis import comparisons, components, probes
 from golfbook.compress import container as artifact
 from golfbook.compress.export import quantize_model
 from golfbook.compress.quantizer import dequantize
+from golfbook.config.architecture import ModelConfig
 from golfbook.config.load import load_config, preset_names, read_yaml
-from golfbook.config.schema import ModelConfig
 from golfbook.errors import ConfigError
 from golfbook.model.gpt import BOS_ID, GPT, exported, initialise, parameter_table
 from golfbook.model.refiners import TTTLinear
@@ -364,9 +364,15 @@ def test_recorded_attention_is_the_attention_that_was_computed():
         hook.remove()
     expected = torch.from_numpy(looks[2].weights) @ values.repeat_interleave(2, 0)
     torch.testing.assert_close(seen[0][0], expected.transpose(0, 1).flatten(1), atol=1e-5, rtol=1e-4)
-    np.testing.assert_allclose(looks[1].after, 0, atol=1e-5)  # exclusive: nothing along the own value is left
-    assert np.abs(looks[1].before).max() > 0.1
-    np.testing.assert_array_equal(looks[0].after, looks[0].before)
+    outputs, own = expected, values.repeat_interleave(2, 0)
+    np.testing.assert_allclose(looks[2].own, torch.cosine_similarity(outputs, own, -1).flatten(), atol=1e-4)
+    np.testing.assert_allclose(looks[2].own.reshape(4, 12)[:, 0], 1, atol=1e-5)  # the first token sees only itself
+    pieces = tokens.tolist()
+    some = [t for t in range(12) if any(p != pieces[t] for p in pieces[:t])]
+    possible = torch.cosine_similarity(outputs[:, :, None], own[:, None], -1).numpy()  # (H, T, T)
+    for t, cosines in zip(some, looks[2].other.reshape(4, -1).T, strict=True):
+        ways = [s for s in range(t) if pieces[s] != pieces[t]]
+        assert any(np.allclose(cosines, possible[:, t, s], atol=1e-4) for s in ways)
     table = probes.value_embedding_sizes(model, tokens)
     assert table["layer"].tolist() == [2] and (table.to_numpy() > 0).all()
 
@@ -392,7 +398,7 @@ def test_gate_values_are_in_use():
     found = probes.gate_values(model)
     assert found["smear gate"] == pytest.approx(0.5)
     assert found["gate of TTT-Linear"] == found["gate of NativeFlow"] == pytest.approx(0.0066929, abs=1e-6)
-    assert len(found["residual mix: stream"]) == 11 * 64 and "gate of FlowRefiner" not in found
+    assert len(found["residual mix r0 (stream)"]) == 11 * 64 and "gate of FlowRefiner" not in found
 
 
 @pytest.mark.parametrize("preset", ["pr1166_e2e_ttt_flow", "pr1232_flow", "pr1406"])
@@ -450,6 +456,38 @@ def test_reference_results_are_those_of_the_job():
     assert effects.loc["no_xsa", "mean"] == pytest.approx((wide["no_xsa"] - wide["base"]).mean())
 
 
+def test_switches_in_words():
+    table = pd.DataFrame(
+        {
+            "variant": ["base"] * 3 + ["up"] * 3 + ["down"] * 3 + ["same"] * 3,
+            "seed": [1, 2, 3] * 4,
+            "val_bpb": [2.0, 2.1, 2.2, 2.101, 2.2, 2.299, 1.9, 2.001, 2.1, 1.9, 2.3, 2.1],
+            "parameters": [100] * 3 + [100] * 3 + [90] * 3 + [1200] * 3,
+        }
+    )
+    effects = comparisons.switch_effects(table)
+    up, down, same, absent = (comparisons.switch_in_words(effects, name) for name in ("up", "down", "same", "other"))
+    assert "`up` is **worse** than the base model: +0.1000" in up and "n = 3 pairs, +0 parameters" in up
+    assert "**better** than" in down and "-10 parameters" in down
+    assert "not to be told apart from" in same and "+1,100 parameters" in same
+    assert absent == "`other` is not in this study"
+    found = comparisons.switch_findings(effects)
+    assert "1 of 3 intervals contain 0" in found[0]
+    assert "Faster at first, in bits per byte: `down` (-0.0997). Slower: `up` (+0.1000)" in found[1]
+    assert "p below 0.05/3) leaves `up` (+0.1000), `down` (-0.0997)" in found[2]
+
+
+def test_the_guess_hides_the_effect_until_it_is_made():
+    table = pd.read_csv(PROJECT / "runs" / "reference" / "architecture" / "results.csv")
+    panel = architecture_panels.guess(comparisons.switch_effects(table))
+    hidden, shown = panel.figure(switch="no_xsa"), panel.figure(switch="no_xsa", guessed="better")
+    assert len(hidden.axes[0].lines) == 1 and len(shown.axes[0].lines) == 3
+    assert "guess first" in hidden.axes[0].get_title("left")
+    assert shown.axes[0].get_title("left") == "no_xsa: worse, you guessed 'better'"
+    assert panel.figure(switch="canon", guessed="no difference").axes[0].get_title("left").endswith("as you guessed")
+    assert panel.figure(switch="untied_head").axes[0].get_xlim() == hidden.axes[0].get_xlim()
+
+
 def test_step_errors_are_small_and_reported():
     table = components.step_errors(pd.read_csv(PROJECT / "runs" / "published" / "runs.csv"))
     shares = table[["products_share", "traffic_share", "launches_share"]].sum(axis=1)
@@ -499,11 +537,15 @@ def test_pictures_are_pure():
     )
     draws = [
         lambda: architecture_plots.attention(weights, [str(i) for i in range(30)], layer=0),
-        lambda: architecture_plots.own_value_share([weights[0]] * 2, [weights[1]] * 2, (1,)),
-        lambda: architecture_plots.gates({"many": weights[0], "one": np.array([0.007]), "two": [1.0, 2.0]}),
+        lambda: architecture_plots.own_value([weights[0]] * 2, [weights[1]] * 2, (1,)),
+        lambda: architecture_plots.gates(
+            {"many": weights[0], "one": np.array([0.007]), "two": [1.0, 2.0]},
+            {"many": 0.5, "one": 0.006, "two": [0, 1]},
+        ),
         lambda: architecture_plots.rope({64: [1.0, 0.1], 128: [1.0, 0.05]}, 64),
         lambda: architecture_plots.collisions([0, 3, 2], [np.nan, 0.4, 0.9]),
         lambda: architecture_plots.effects(table),
+        lambda: architecture_plots.guess(table.iloc[0].to_dict(), "better", 1.0),
     ]
     before = weights.copy(), table.copy()
     for draw in draws:

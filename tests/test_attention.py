@@ -9,7 +9,7 @@ from golfbook import compute
 from golfbook.errors import RunError
 from golfbook.model import attention
 from golfbook.model.attention import causal_attention
-from reference import masked_attention
+from golfbook.plain.layers import masked_attention
 from test_kernels import compare, values
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from by_name import train_config
 from golfbook.config.schema import TrainConfig
 from golfbook.train.averaging import WeightAverage
 from golfbook.train.schedules import lr_scale
@@ -15,7 +16,7 @@ MODES = ["none", "ema", "swa", "swa_of_ema"]
 
 def config(mode: str, **changes) -> TrainConfig:
     values = {"steps": 30, "warmdown_steps": 20, "swa_every": 3, "swa_start": 0.5, "ema_decay": 0.9, **changes}
-    return TrainConfig(averaging=mode, **values)
+    return train_config(averaging=mode, **values)
 
 
 def trajectory(dtype=torch.float32, steps: int = 31) -> list[dict[str, torch.Tensor]]:
@@ -34,13 +35,15 @@ def slow(train: TrainConfig, weights: list[dict[str, torch.Tensor]], name: str) 
     ema, snapshots = weights[0][name].double(), []
     for step in range(train.steps):
         last = weights[step + 1][name].double()
-        ema = train.ema_decay * ema + (1 - train.ema_decay) * last
-        if (step + 1) % train.swa_every == 0 and (train.steps - step) / train.warmdown_steps < train.swa_start:
-            snapshots.append(ema if train.averaging == "swa_of_ema" else last)
-    if train.averaging in ("swa", "swa_of_ema"):
+        ema = train.averaging.ema_decay * ema + (1 - train.averaging.ema_decay) * last
+        if (step + 1) % train.averaging.swa_every == 0 and (
+            train.steps - step
+        ) / train.schedule.warmdown_steps < train.averaging.swa_start:
+            snapshots.append(ema if train.averaging.method == "swa_of_ema" else last)
+    if train.averaging.method in ("swa", "swa_of_ema"):
         assert len(snapshots) == 3  # after 24, 27 and 30 steps; at step 20 the scale is still 0.5
         return torch.stack(snapshots).mean(0)
-    return ema if train.averaging == "ema" else weights[-1][name].double()
+    return ema if train.averaging.method == "ema" else weights[-1][name].double()
 
 
 NAMES = {

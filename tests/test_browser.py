@@ -40,7 +40,8 @@ OVERRIDES = {
     "data.path": str(DATA / "fineweb_docs_100.jsonl"),
     "data.tokenizer": str(DATA / "fineweb_1024_bpe.model"),
     "data.max_validation_tokens": 4096,
-    "train": {"steps": STEPS, "warmdown_steps": 10, "ema_decay": 0.8, "validate_every": 10, "log_every": 2},
+    "train": {"steps": STEPS, "schedule": {"warmdown_steps": 10}, "averaging": {"ema_decay": 0.8}},
+    "machine": {"validate_every": 10, "log_every": 2},
 }
 QUIET = {"fetchNews": "false", "checkForUpdates": False}  # a first start would ask, and go to the internet
 WIDTH, HEIGHT = 1280, 900
@@ -254,8 +255,11 @@ def test_the_tour_runs_in_a_browser_and_its_slider_moves_the_picture(lab: dict[s
     live = page.locator(IMAGE).first
     assert picture(live) == hashlib.sha256(base64.b64decode(curve)).hexdigest()
 
-    panel = page.locator(".widget-vbox").filter(has=page.locator(SLIDER))
-    handle, image, readout = panel.locator(SLIDER), panel.locator(IMAGE), panel.locator(".widget-readout")
+    printed = "".join(out.text for out in outputs if out.output_type == "stream")
+    assert "00.1 is open" in printed and "00.2 is open" in printed
+    panels = page.locator(".widget-vbox").filter(has=page.locator(SLIDER))
+    panel, image = panels.first, panels.first.locator(IMAGE)  # it has two sliders: a guess, and the bits
+    handle, readout = panel.locator(SLIDER).nth(1), panel.locator(".widget-readout").nth(1)
     panel.scroll_into_view_if_needed()
     first, source, value = picture(image), image.get_attribute("src"), readout.inner_text()
     assert first, "the panel shows no picture"
@@ -268,5 +272,14 @@ def test_the_tour_runs_in_a_browser_and_its_slider_moves_the_picture(lab: dict[s
     page.screenshot(path=SCREENSHOTS / "slider_after.png")
     handle.press("ArrowLeft")
     assert changed(image, second) == first
+
+    ladder = panels.nth(1)  # its last bar is empty until something is guessed
+    ladder.scroll_into_view_if_needed()
+    hidden = picture(ladder.locator(IMAGE))
+    assert hidden, "the panel shows no picture"
+    ladder.locator(SLIDER).focus()
+    ladder.locator(SLIDER).press("ArrowRight")
+    changed(ladder.locator(IMAGE), hidden)
+    page.screenshot(path=SCREENSHOTS / "guess.png")
 
     photograph(page, SCREENSHOTS / "whole.png")

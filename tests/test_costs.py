@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from golfbook import cli
 from golfbook.compress import budget
+from golfbook.config.architecture import ModelConfig
 from golfbook.config.load import load_config, preset_names
-from golfbook.config.schema import ModelConfig
 from golfbook.evaluate.scoring import plan_windows, score
 from golfbook.model import costs, layers
 from golfbook.model.gpt import GPT, initialise, parameter_table
@@ -144,7 +144,9 @@ def test_optimizer_operations_are_those_of_newton_schulz(monkeypatch):
     assert make_optimizers(network, config.train)
     with FlopCounterMode(display=False) as counter:
         for name in parameter_groups(network, config.train)["matrix"]:
-            newton_schulz(network.get_parameter(name).detach(), config.train.newton_schulz_steps, torch.float32)
+            newton_schulz(
+                network.get_parameter(name).detach(), config.train.optimizer.newton_schulz_steps, torch.float32
+            )
     assert speed.optimizer_flops(config.model) == counter.get_total_flops()
 
 

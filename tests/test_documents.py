@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golfbook.data import documents
-from golfbook.data.dataset import read_documents
-from golfbook.data.documents import cut, near_duplicates, split_documents
+from golfbook.data.documents import cut, near_duplicates, read_documents, split_documents
 from golfbook.errors import DataError
 
 WORDS = [

@@ -14,6 +14,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from PIL import Image
 
+from by_name import train_config
 from golfbook.analysis import context, statistics
 from golfbook.config.schema import TrainConfig
 from golfbook.errors import GolfbookError, RunError
@@ -54,7 +55,7 @@ def schedule_config(**changes: Any) -> TrainConfig:
         "steps": 10, "warmdown_steps": 4, "muon_momentum_warmup_steps": 5, "muon_momentum_start": 0.8,
         "muon_momentum": 0.9, "batch_tokens": 64, "sequence_length": 64, "ema_decay": 0.5,
     }  # fmt: skip
-    return TrainConfig(**{**settings, **changes})
+    return train_config(**{**settings, **changes})
 
 
 def examples() -> dict[str, style.Picture]:
@@ -88,6 +89,9 @@ def examples() -> dict[str, style.Picture]:
         "tokens of nothing": text_plots.tokens([], [], []),
         "vocabularies": text_plots.vocabularies(
             pd.DataFrame({"pieces": [300, 900], "bits_per_token": [6.0, 8.0], "bits_per_byte": [4.0, 3.0]})
+        ),
+        "ladder": text_plots.ladder(
+            {"raw": 39215, "lzma": 15204, "model": 13302.5}, unit="bytes", title="Sizes", guess=14000
         ),
         "windows": text_plots.windows(plan.starts, plan.first, plan.stop, window=32, targets=100),
         "times_scored": text_plots.times_scored([1, 1], [1, 4], first_target=7),

@@ -51,6 +51,13 @@ def test_imports_go_down(module: str) -> None:
     assert not up, f"{module} imports {', '.join(sorted(up))}, which stand above it"
 
 
+def test_the_plain_code_shares_nothing_with_what_it_is_the_reference_for() -> None:
+    """A mistake in the fast code can then not hide in the code that it is compared with."""
+    modules = [module for module in MODULES if room(module) == "plain"]
+    found = {room(name) for module in modules for name in imported(module)}
+    assert len(modules) >= 5 and found - {"plain"} <= {"config", "errors", "files"}
+
+
 def test_no_modules_import_each_other() -> None:
     waiting = {module: imported(module) - {module} for module in MODULES}
     while free := [module for module, needs in waiting.items() if not needs & set(waiting)]:

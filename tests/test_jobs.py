@@ -243,7 +243,10 @@ def test_redraw_executes_no_run(project: Project) -> None:
 
 def test_failures_do_not_stop_the_others_and_are_tried_again(project: Project) -> None:
     """A killed kernel, a broken cell, an error of ours, and a cell that fails after the result was written."""
-    variants = {name: {"train.grad_clip": i / 8} for i, name in enumerate(("killed", "broken", "data", "plot", "good"))}
+    variants = {
+        name: {"train.optimizer.grad_clip": i / 8}
+        for i, name in enumerate(("killed", "broken", "data", "plot", "good"))
+    }
     training_only(project, variants=variants)
     faults = [
         project.fault("kill", "killed-s1"),
@@ -352,7 +355,7 @@ def test_two_jobs_at_once_do_the_work_once(project: Project) -> None:
 def test_each_worker_has_gpus_of_its_own(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("pool", "plan", "estimates"):
         monkeypatch.setattr(f"golfbook.study.{module}.visible_gpus", lambda: ["0", "3", "5", "7"])
-    overrides = {"train.processes": 2}
+    overrides = {"machine.processes": 2}
     made = planning.plan(training_only(project, seeds=[1, 2, 3, 4], overrides=overrides).job)
     assert made.workers == 2
     started: list[tuple[str, str]] = []
@@ -373,7 +376,7 @@ def test_each_worker_has_gpus_of_its_own(project: Project, monkeypatch: pytest.M
 def test_slots_and_workers_fit_the_largest_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("pool", "plan", "estimates"):
         monkeypatch.setattr(f"golfbook.study.{module}.visible_gpus", lambda: ["0", "3", "5", "7"])
-    variants = {"one": {}, "two": {"train.processes": 2}}
+    variants = {"one": {}, "two": {"machine.processes": 2}}
     made = planning.plan(training_only(project, variants=variants, seeds=[1, 2]).job)
     assert made.workers == 2
     started: list[tuple[str, str, str]] = []

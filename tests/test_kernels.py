@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from golfbook.model import kernels
 from golfbook.model.attention import causal_attention
+from golfbook.plain import layers
 
 
 def compare(ours, plain, *inputs: torch.Tensor, atol: float = 1e-10) -> None:
@@ -25,8 +26,7 @@ def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> to
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_rms_norm(scale):
-    plain = lambda x: scale * F.rms_norm(x, (10,), eps=kernels.RMS_EPS)  # noqa: E731
-    compare(lambda x: kernels.rms_norm(x, scale), plain, values(3, 4, 10))
+    compare(lambda x: kernels.rms_norm(x, scale), lambda x: scale * layers.rms_norm(x), values(3, 4, 10))
     tiny = 0.005 * torch.ones(1, 512)
     expected = 0.005 / (0.005**2 + 2.0**-23) ** 0.5
     torch.testing.assert_close(kernels.rms_norm(tiny), torch.full((1, 512), expected))
@@ -43,19 +43,13 @@ def test_mix_and_add_scaled():
     compare(kernels.add_scaled, lambda x, s, y: x + s * y, x, values(8, seed=3), y)
 
 
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    cos, sin, half = cos[:, None], sin[:, None], cos.size(-1)
-    a, b = x[..., :half], x[..., half : 2 * half]
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, x[..., 2 * half :]), dim=-1)
-
-
 @pytest.mark.parametrize("rotated_dims", [4, 10])
 def test_normed_heads(rotated_dims):
     angles = torch.outer(torch.arange(5.0), torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01])[: rotated_dims // 2]).double()
     cos, sin = angles.cos(), angles.sin()
 
     def plain(x: torch.Tensor) -> torch.Tensor:
-        return rotated(F.rms_norm(x, (10,), eps=kernels.RMS_EPS), cos, sin)
+        return layers.rotate(layers.rms_norm(x), angles)
 
     x, gain = values(2, 5, 3, 10), values(3, seed=1)
     compare(lambda x: kernels.normed_heads(x, cos, sin), plain, x)
@@ -63,11 +57,7 @@ def test_normed_heads(rotated_dims):
 
 
 def test_remove_own_value():
-    def plain(y: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        direction = F.normalize(v, dim=-1).repeat_interleave(2, 2)
-        return y - (y * direction).sum(-1, keepdim=True) * direction
-
-    compare(kernels.remove_own_value, plain, values(2, 3, 4, 6), values(2, 3, 2, 6, seed=1))
+    compare(kernels.remove_own_value, layers.remove_own_value, values(2, 3, 4, 6), values(2, 3, 2, 6, seed=1))
     y, v = values(1, 1, 2, 6), torch.zeros(1, 1, 1, 6, dtype=torch.float64)
     assert torch.equal(kernels.remove_own_value(y, v), y)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from by_name import train_config
 from golfbook.config.load import load_config
 from golfbook.config.schema import TrainConfig
 from golfbook.model.gpt import GPT
+from golfbook.plain import muon as plain_muon
 from golfbook.train import muon
 from golfbook.train.muon import Muon, iteration_coefficients, make_optimizers, newton_schulz, parameter_groups
 from golfbook.train.schedules import muon_momentum
@@ -75,9 +78,16 @@ def spectrum(values: torch.Tensor, rows: int, columns: int, seed: int = 0) -> to
     return (u * values.double()) @ v.T
 
 
+def plain_newton_schulz(matrix: torch.Tensor, coefficients: str) -> torch.Tensor:
+    polar = coefficients == "polar_express"
+    polynomials = plain_muon.polar_express(5) if polar else [plain_muon.QUINTIC] * 5
+    return plain_muon.newton_schulz(matrix, polynomials, plain_muon.SAFETY if polar else 1.0)
+
+
 def test_polar_express_coefficients_and_singular_values():
     """Steps carry the safety factor of the paper; five steps come nearer to 1 than five of the quintic."""
     table = iteration_coefficients(9, "polar_express")
+    np.testing.assert_allclose(plain_muon.polar_express(9), table, atol=1e-9)  # found anew from their definition
     assert table[0] == pytest.approx((8.28721201814563 / 1.01, -23.595886519098837 / 1.01**3, 17.3003873 / 1.01**5))
     assert table[6][0] == pytest.approx(1.8750014808534479 / 1.01)
     assert table[7] == table[8] == (1.875, -1.25, 0.375)
@@ -86,11 +96,8 @@ def test_polar_express_coefficients_and_singular_values():
     for name in ("quintic", "polar_express"):
         matrix = spectrum(torch.logspace(0, -2, 24), 24, 40).float()
         values = torch.linalg.svdvals(newton_schulz(matrix, 5, torch.float32, name))
-        x = matrix.double() / (matrix.double().norm() * (1.01 if name == "polar_express" else 1))
-        expected = torch.linalg.svdvals(x)
-        for a, b, c in iteration_coefficients(5, name):
-            expected = a * expected + b * expected**3 + c * expected**5
-        torch.testing.assert_close(values.double(), expected.sort(descending=True).values, atol=2e-4, rtol=0)
+        expected = torch.linalg.svdvals(plain_newton_schulz(matrix.double(), name))
+        torch.testing.assert_close(values.double(), expected, atol=2e-4, rtol=0)
         worst[name] = (values - 1).abs().max().item()
     assert worst["polar_express"] < 0.13 < 0.3 < worst["quintic"]
 
@@ -110,9 +117,7 @@ def test_steps_taken_together_stay_near_the_formula(coefficients, shape, kind, m
         "noise": torch.cat((torch.ones(1), torch.full((count - 1,), 1e-2))),
     }[kind]
     matrix = spectrum(values, *shape).bfloat16().double()
-    x = matrix / (matrix.norm() * (1.01 if coefficients == "polar_express" else 1))
-    for a, b, c in iteration_coefficients(5, coefficients):
-        x = a * x + b * (x @ x.T @ x) + c * (x @ x.T @ x @ x.T @ x)
+    x = plain_newton_schulz(matrix, coefficients)
     together = {d: newton_schulz(matrix, 5, d, coefficients).double() for d in (torch.float32, torch.bfloat16)}
     monkeypatch.setattr(muon, "GRAM_RATIO", 1000)
     for dtype, tolerance in ((torch.float32, 0.01), (torch.bfloat16, 0.04)):
@@ -132,24 +137,6 @@ def test_newton_schulz_leaves_its_input_alone_and_takes_any_batch():
     assert not newton_schulz(torch.zeros(2, 3, 12), dtype=torch.float32).any()
 
 
-def slow_muon(weight, gradients, lr, momentum, decay, *, row_norm=False, kept=torch.float32, dtype=torch.float32):
-    """One matrix, one formula a line; ``kept`` is the dtype of gradient and momentum, ``dtype`` the iteration's."""
-    m = torch.zeros_like(weight, dtype=kept)
-    for g in gradients:
-        g = g.to(kept)
-        m = momentum * m + g
-        x = g + momentum * m
-        if row_norm:
-            x = (x.float() / x.float().norm(dim=1, keepdim=True).clamp_min(1e-7)).to(kept)
-        x = x.to(dtype)
-        x = x / (x.norm() + 1e-7)
-        for _ in range(5):
-            a = x @ x.T
-            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-        weight = weight * (1 - lr * decay) - lr * max(1, weight.shape[0] / weight.shape[1]) ** 0.5 * x.float()
-    return weight
-
-
 @pytest.mark.parametrize("row_norm", [False, True])
 @pytest.mark.parametrize(
     ("kept", "dtype", "tolerance"),
@@ -166,6 +153,9 @@ def test_batched_muon_equals_one_matrix_at_a_time(row_norm, kept, dtype, toleran
     gradients = [[torch.randn(s, generator=generator) for s in shapes] for _ in range(3)]
     parameters = [torch.nn.Parameter(w.clone()) for w in start]
     idle = torch.nn.Parameter(torch.ones(6, 10))  # has no gradient
+    names = {"muon_dtype": str(dtype)[6:], "muon_momentum_dtype": str(kept)[6:], "muon_row_norm": row_norm}
+    rates = {"matrix_lr": 0.1, "muon_momentum": 0.9, "muon_weight_decay": 0.1}
+    plain = plain_muon.PlainMuon(start, TrainConfig(**names, **rates))
     optimizer = Muon(
         [*parameters, idle], lr=0.1, momentum=0.9, weight_decay=0.1, dtype=dtype, momentum_dtype=kept, row_norm=row_norm
     )
@@ -173,14 +163,13 @@ def test_batched_muon_equals_one_matrix_at_a_time(row_norm, kept, dtype, toleran
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone()
         optimizer.step()
-        for parameter, gradient in zip(parameters, step, strict=True):
+        for parameter, gradient, weight in zip(parameters, step, start, strict=True):
             assert torch.equal(parameter.grad, gradient)
+            weight.grad = gradient
+        plain.step()
     assert torch.equal(idle, torch.ones(6, 10)) and idle not in optimizer.state
     for i, parameter in enumerate(parameters):
-        expected = slow_muon(
-            start[i], [g[i] for g in gradients], 0.1, 0.9, 0.1, row_norm=row_norm, kept=kept, dtype=dtype
-        )
-        torch.testing.assert_close(parameter.detach(), expected, atol=tolerance, rtol=0)
+        torch.testing.assert_close(parameter, plain.parameters[i], atol=tolerance, rtol=0)
         assert optimizer.state[parameter]["momentum"].dtype == kept
 
 
@@ -223,7 +212,7 @@ def test_every_parameter_is_in_exactly_one_group():
         assert len(groups["matrix"]) == 6 * 4
         assert "blocks.0.resid_mix" in groups["scalar"]
         assert ("lm_head.weight" in groups["head"]) == ("model.tie_embeddings" in values)
-        moved = parameter_groups(model, TrainConfig(muon_bigram_proj=True))
+        moved = parameter_groups(model, train_config(muon_bigram_proj=True))
         assert moved["matrix"] == sorted(
             [*groups["matrix"], "bigram.proj.weight"], key=[n for n, _ in model.named_parameters()].index
         )
@@ -258,7 +247,7 @@ def test_three_published_training_steps_of_a_tiny_model(system):
     model = GPT(load_config({"model": architecture}).model)
     fill_hashed(model)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    config = TrainConfig(muon_dtype="float32", muon_momentum_dtype="float32", muon_bigram_proj=by_muon)
+    config = train_config(muon_dtype="float32", muon_momentum_dtype="float32", muon_bigram_proj=by_muon)
     optimizers = make_optimizers(model, config)
     losses, norms = [], []
     for step in range(4):

@@ -61,8 +61,10 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         return seed_panels.seeds_needed(0.0312, 0.0063)
     if kind == "coverage":
         return seed_panels.coverage(studies=20)
-    rows = [(bits, 2.0**-bits, 100 * bits, 2 + 2.0**-bits) for bits in range(3, 9)]
-    return size_panels.bits_choice(pd.DataFrame(rows, columns=["bits", "error", "artifact_bytes", "val_bpb"]))
+    if kind == "ladder":
+        return text_panels.ladder({"raw": 39215, "lzma": 15204, "model": 13302.5}, unit="bytes", title="Sizes")
+    rows = [(bits, 100 * bits, 2 + 2.0**-bits) for bits in range(3, 9)]
+    return size_panels.bits_choice(pd.DataFrame(rows, columns=["bits", "artifact_bytes", "val_bpb"]))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         ("schedule", "warmdown_shape", "cosine"),
         ("schedule", "min_lr_scale", 0.5),
         ("schedule", "lr_warmup_steps", 5),
-        ("schedule", "averaging", "swa"),
+        ("schedule", "method", "swa"),
         ("schedule", "qat_start", 0.5),
         ("schedule", "clock", True),
         ("schedule", "muon_momentum_warmup_steps", 3),
@@ -93,6 +95,8 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         ("coverage", "seed", 2),
         ("coverage", "guess", 5),
         ("bits_choice", "bits", 4),
+        ("bits_choice", "guess", 5),
+        ("ladder", "guess", 14000),
         ("seeds_needed", "difference", 0.001),
         ("seeds_needed", "std", 0.009),
         ("seeds_needed", "guess", 3),
@@ -290,3 +294,20 @@ def test_attach_draws_what_the_run_left(run: Run) -> None:
         run.append_metrics(point)
     loss = monitor.attach(run).axes[0].lines[0]
     assert np.asarray(loss.get_xydata()).tolist() == [[7.0, pytest.approx(5.3)]]
+
+
+def test_a_guess_comes_before_the_answer(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person sees the last bar after a guess; a reader of an executed notebook, who cannot guess, at once."""
+    panel = make_panel("ladder", tokenizer)
+
+    def labels(figure: style.Picture) -> list[str]:
+        return [text.get_text() for text in figure.axes[0].texts]
+
+    monkeypatch.setenv("GOLFBOOK_STATIC", "0")
+    assert labels(panel.figure()) == ["39,215 (100%)", "15,204 (39%)", "?"]
+    assert labels(panel.figure(guess=12000))[-1] == "13,302 (34%)"
+    monkeypatch.setenv("GOLFBOOK_STATIC", "1")
+    assert labels(panel.figure())[-1] == "13,302 (34%)"
+    bits = make_panel("bits_choice", tokenizer)
+    assert bits.figure()._supxlabel is None
+    assert bits.figure(guess=5)._supxlabel.get_text() == "your guess: 5; it is 7"  # 2 + 2**-7 < 2 + 2**-8 + 0.01

@@ -43,16 +43,16 @@ def test_runs_come_seed_by_seed_and_differ(project: Project) -> None:
 
 
 def test_a_variant_changes_single_keys_of_the_shared_overrides(project: Project) -> None:
-    overrides = {"train": {"steps": 20, "warmdown_steps": 10}, "model.bigram": {"dim": 16}}
+    overrides = {"train": {"steps": 20, "schedule": {"warmdown_steps": 10}}, "model.bigram": {"dim": 16}}
     made = plan(project.write_job(overrides=overrides, variants={"a": {}, "b": {"train": {"steps": 30}}}))
     first, second = made.runs[0].config, made.runs[1].config
     assert (first.train.steps, second.train.steps) == (20, 30)
-    assert first.train.warmdown_steps == second.train.warmdown_steps == 10
+    assert first.train.schedule.warmdown_steps == second.train.schedule.warmdown_steps == 10
     assert (
         second.model.bigram.dim == 16
         and second.model.bigram.vocab_size == load_config("quickstart").model.bigram.vocab_size
     )
-    assert made.runs[1].overrides == {"train.steps": 30, "train.warmdown_steps": 10, "model.bigram.dim": 16}
+    assert made.runs[1].overrides == {"train.steps": 30, "train.schedule.warmdown_steps": 10, "model.bigram.dim": 16}
 
 
 def test_an_empty_variant_may_be_left_blank(project: Project) -> None:
@@ -74,7 +74,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"variants": {}}, r"variants must map each variant's name"),
     ({"variants": {"a": 3}}, r"'a' must be a mapping of overrides"),
     ({"variants": {"a": {"model.xas": 0}}}, r"variant 'a'.*unknown key 'model\.xas'; did you mean 'model\.xsa'\?"),
-    ({"variants": {"a": {"train.matrix_lr": "1e-3"}}}, r"train\.matrix_lr.*YAML reads '1e-3' as text: write 0\.001"),
+    (
+        {"variants": {"a": {"train.optimizer.matrix_lr": "1e-3"}}},
+        r"train\.optimizer.matrix_lr.*YAML reads '1e-3' as text: write 0\.001",
+    ),
     ({"variants": {"a": {"model": {"xsa": 99}}}}, r"variant 'a'.*model\.xsa 99 is more than model\.num_layers \d"),
     ({"variants": {"a": {"seed": 5}}}, r"'seed' is no override: use the key 'seeds'"),
     ({"variants": {"a": {}, "b": {"model": {}}}}, r"variants 'a' and 'b' are the same configuration"),
@@ -173,7 +176,7 @@ def test_workers(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("golfbook.study.estimates.visible_gpus", lambda: [])
     seeds = list(range(20))
     assert plan(project.write_job(seeds=seeds)).workers == 8
-    threads = {"train.threads": 2, "train.processes": 2}
+    threads = {"machine.threads": 2, "machine.processes": 2}
     assert plan(project.write_job(seeds=seeds, overrides=threads)).workers == 2
     assert plan(project.write_job(seeds=seeds, workers=3)).workers == 3
     assert plan(project.job, workers=5).workers == 5
@@ -210,14 +213,14 @@ def test_workers_fit_the_largest_variant(project: Project, monkeypatch: pytest.M
     monkeypatch.setattr("golfbook.study.plan.visible_gpus", lambda: [])
     monkeypatch.setattr("golfbook.study.estimates.visible_gpus", lambda: [])
     seeds = list(range(20))
-    assert plan(project.write_job(seeds=seeds, variants={"a": {}, "b": {"train.threads": 64}})).workers == 1
-    assert plan(project.write_job(seeds=seeds, variants={"a": {}, "b": {"train.processes": 4}})).workers == 2
+    assert plan(project.write_job(seeds=seeds, variants={"a": {}, "b": {"machine.threads": 64}})).workers == 1
+    assert plan(project.write_job(seeds=seeds, variants={"a": {}, "b": {"machine.processes": 4}})).workers == 2
     monkeypatch.setattr("golfbook.study.plan.visible_gpus", lambda: ["0", "1", "2", "3"])
     monkeypatch.setattr("golfbook.study.estimates.visible_gpus", lambda: ["0", "1", "2", "3"])
     assert plan(project.job).workers == 1
-    variants = {"auto": {}, "host": {"train.device": "cpu"}}
+    variants = {"auto": {}, "host": {"machine.device": "cpu"}}
     with pytest.raises(
-        ConfigError, match=r"job\.yaml: variants 'auto' .*auto\) and 'host' .*cpu\).*same train\.device"
+        ConfigError, match=r"job\.yaml: variants 'auto' .*auto\) and 'host' .*cpu\).*same machine\.device"
     ):
         plan(project.write_job(variants=variants))
     monkeypatch.setattr("golfbook.study.estimates.visible_gpus", lambda: [])
@@ -252,7 +255,7 @@ def test_short_runs_and_those_of_another_device_do_not_spoil_the_estimate(
 
     def expected(steps: int, *earlier: tuple[int, float, str], planned: int = 0) -> float:
         for count, seconds, device in earlier:
-            overrides = {"train.steps": planned or count, "train.warmdown_steps": 1}
+            overrides = {"train.steps": planned or count, "train.schedule.warmdown_steps": 1}
             run = create_run("earlier", "base", load_config("quickstart", overrides=overrides))
             run.checkpoint_path.write_text("x")
             values = {"train_seconds": seconds, "device": device, "steps": count}

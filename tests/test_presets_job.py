@@ -41,7 +41,12 @@ def test_preset_runs_through_the_whole_job(preset: str, tmp_path: Path) -> None:
     overrides = {
         "data": {"source": "text", "path": str(tmp_path / "documents.jsonl"), "max_validation_tokens": 600},
         "model.vocab_size": 320,
-        "train": {"steps": 8, "batch_tokens": 256, "warmdown_steps": 4, "muon_momentum_warmup_steps": 4},
+        "train": {
+            "steps": 8,
+            "batch_tokens": 256,
+            "schedule": {"warmdown_steps": 4},
+            "optimizer": {"muon_momentum_warmup_steps": 4},
+        },
     }
     job = {
         "study": "presets",

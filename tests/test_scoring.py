@@ -22,6 +22,7 @@ from golfbook.errors import ConfigError, DataError, RunError
 from golfbook.evaluate import scoring
 from golfbook.evaluate.scoring import bits_per_byte, plan_windows, published_windows, score, score_windows, summarize
 from golfbook.model.gpt import GPT, initialise
+from golfbook.plain import score as plain_score
 from reference import fill_hashed, hashed_tokens, sine
 from test_model import pr1406_tiny
 
@@ -58,18 +59,9 @@ class RunningMean(nn.Module):
 
 
 def by_hand(model, tokens, window, stride):
-    """Per-window loop over padded windows with all logits in float64; each target the first time it is reached."""
-    targets = len(tokens) - 1
-    padded = torch.cat((torch.as_tensor(tokens.astype(np.int64)), torch.zeros(window, dtype=torch.int64)))
-    result, start = [], 0
+    """The plain score, with logits in float64."""
     model.eval()
-    with torch.no_grad():
-        while len(result) < targets:
-            log_p = model.logits(model.hidden(padded[None, start : start + window]))[0].double().log_softmax(-1)
-            for i in range(len(result), min(start + window, targets)):
-                result.append(-log_p[i - start, int(tokens[i + 1])].item())
-            start += stride
-    return np.array(result)
+    return plain_score.score(lambda ids: model.logits(model.hidden(ids)).double(), tokens, window, stride)
 
 
 def random_tokens(count: int, vocab_size: int, seed: int = 0) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +28,7 @@ needs_compiler = pytest.mark.skipif(bool(compute.why_not_compile(CPU)), reason=c
 
 
 def tiny(preset: str = "pr1166_e2e_ttt_flow", **overrides) -> Config:
-    small = {"model.num_layers": 2, "model.xsa": 1, "model.recurrence": [], "train.precision": "float32"}
+    small = {"model.num_layers": 2, "model.xsa": 1, "model.recurrence": [], "machine.precision": "float32"}
     return load_config(preset, scale="tiny", overrides=small | {"train.sequence_length": 64} | overrides)
 
 
@@ -45,8 +47,8 @@ def make(config: Config) -> TrainingStep:
 def test_compiled_equals_eager_and_nothing_is_compiled_after_the_warm_up(precision):
     """Tolerance: the compiler orders sums differently; in bfloat16 it also rounds fewer intermediates."""
     torch._dynamo.reset()
-    config = tiny(**{"train.precision": precision, "train.compile": True, "train.qat_start": 0.5})
-    compiled, eager = make(config), make(tiny(**{"train.precision": precision, "train.qat_start": 0.5}))
+    config = tiny(**{"machine.precision": precision, "machine.compile": True, "train.qat.start": 0.5})
+    compiled, eager = make(config), make(tiny(**{"machine.precision": precision, "train.qat.start": 0.5}))
     assert compiled.compiled and not eager.compiled and compiled.warm_up(4) == compiled.warmup_seconds > 0
     graphs = steps.compiled_graphs()
     assert graphs >= 1
@@ -63,7 +65,7 @@ def test_compiled_equals_eager_and_nothing_is_compiled_after_the_warm_up(precisi
 @needs_compiler
 def test_the_warm_up_leaves_no_trace():
     torch._dynamo.reset()
-    step = make(tiny("pr1170_nfm", **{"train.compile": True}))  # its loss draws random numbers
+    step = make(tiny("pr1170_nfm", **{"machine.compile": True}))  # its loss draws random numbers
     step(*batch(step.config))
     generator, weights = torch.get_rng_state(), {k: v.clone() for k, v in step.model.state_dict().items()}
     rates = [group["lr"] for optimizer in step.optimizers.values() for group in optimizer.param_groups]
@@ -89,7 +91,7 @@ def test_the_warm_up_leaves_no_trace():
 
 def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    step = make(tiny(**{"train.compile": True}))
+    step = make(tiny(**{"machine.compile": True}))
     assert not step.compiled and "not compiled: there is no C++ compiler" in step.notes
     assert step.warm_up(4) == 0.0
     assert step(*batch(step.config)).isfinite()
@@ -101,7 +103,7 @@ def test_a_compiler_that_does_not_work_means_eager_steps(monkeypatch):
     def broken(*_, **__):
         raise torch._dynamo.exc.TorchDynamoException("Python.h: No such file")
 
-    config = tiny(**{"train.compile": True})
+    config = tiny(**{"machine.compile": True})
     step, eager = make(config), make(tiny())
     monkeypatch.setattr(step.module, "compute", broken)
     assert step.warm_up(4) > 0
@@ -114,7 +116,7 @@ def test_a_compiler_that_does_not_work_means_eager_steps(monkeypatch):
 )
 def test_the_straightforward_side_of_the_benchmarks_computes_the_same(preset, banks):
     """Tolerance: float32 sums in another order, carried on by Muon's iteration and by Adam where gradients are tiny."""
-    config = load_config(preset, scale="tiny", overrides={"train.precision": "float32", "train.sequence_length": 64})
+    config = load_config(preset, scale="tiny", overrides={"machine.precision": "float32", "train.sequence_length": 64})
     model = bench_training.unlike_zero(initialise(GPT(config.model), 1))
     plain = plain_training.PlainStep(model, config, CPU, banks)
     ours = TrainingStep(model, config, CPU)
@@ -131,17 +133,17 @@ def test_precision_is_what_was_measured(monkeypatch):
         precision={"short": "bfloat16", "long": "float32"},
         seconds={"precision, short": {"float32": 0.06, "bfloat16": 0.04}},
     )
-    config = tiny(**{"train.precision": "auto"})
+    config = tiny(**{"machine.precision": "auto"})
     monkeypatch.setattr(compute, "_current", compute.Choices())
     assert compute.choose_precision(config) == ("float32", "nothing was measured on this machine")
     monkeypatch.setattr(compute, "_current", measured)
     assert compute.choose_precision(config) == ("bfloat16", "measured: float32 60 ms, bfloat16 40 ms")
-    long = tiny(**{"train.precision": "auto", "train.sequence_length": 1024, "train.batch_tokens": 1024})
+    long = tiny(**{"machine.precision": "auto", "train.sequence_length": 1024, "train.batch_tokens": 1024})
     assert compute.choose_precision(long)[0] == "float32"
-    assert compute.choose_precision(tiny()) == ("float32", "train.precision says so")
+    assert compute.choose_precision(tiny()) == ("float32", "machine.precision says so")
     with pytest.raises(RunError, match="sees no CUDA device"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        compute.choose_device(tiny(**{"train.device": "cuda"}))
+        compute.choose_device(tiny(**{"machine.device": "cuda"}))
 
 
 def test_float32_products_stay_float32_whatever_computes_them():
@@ -163,12 +165,27 @@ def test_rounded_products_are_refused(monkeypatch):
     assert not compute.products_are_exact("onednn")
 
 
-def test_the_ceiling_is_a_speed_of_products():
-    assert compute.product_ceiling(CPU, "float32", size=128, repeats=2) > 1e8
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to a core")
+def test_the_ceiling_is_a_speed_of_products_and_busy_neighbours_do_not_lower_it():
+    torch.set_num_threads(1)
+    quiet = compute.product_ceiling(CPU, "float32", size=128)
+    assert quiet > 1e8
+    core = min(os.sched_getaffinity(0))
+    before = os.sched_getaffinity(0)
+    spin = f"import os; os.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(4)]
+    try:
+        os.sched_setaffinity(0, [core])
+        assert compute.product_ceiling(CPU, "float32", size=512) > 0.5 * quiet
+    finally:
+        os.sched_setaffinity(0, before)
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def test_adamw_on_the_matrices_and_unknown_attention():
-    step = make(tiny(**{"train.matrix_optimizer": "adamw", "train.matrix_lr": 0.002}))
+    step = make(tiny(**{"train.optimizer.matrix_optimizer": "adamw", "train.optimizer.matrix_lr": 0.002}))
     assert list(step.optimizers) == ["adam"]
     trained = sum(len(group["params"]) for group in step.optimizers["adam"].param_groups)
     assert trained == len(list(step.model.parameters()))
@@ -176,15 +193,15 @@ def test_adamw_on_the_matrices_and_unknown_attention():
     step(*batch(step.config), momentum=0.9)
     assert not torch.equal(before, step.model.blocks[0].mlp.fc.weight)
     with pytest.raises(RunError, match="flash_attn_interface"):
-        make(tiny(**{"train.attention": "flash3"}))
+        make(tiny(**{"machine.attention": "flash3"}))
     with pytest.raises(RunError, match="no backward pass on a CPU"):
-        make(tiny(**{"train.attention": "flex"}))
+        make(tiny(**{"machine.attention": "flex"}))
 
 
 def test_backends_of_attention_train_alike():
     """Tolerance: softmax by blocks and torch's fused kernel round differently."""
     losses = [
         [step(*batch(step.config, seed)).item() for seed in range(3)]
-        for step in (make(tiny(**{"train.attention": name})) for name in ("blocked", "sdpa"))
+        for step in (make(tiny(**{"machine.attention": name})) for name in ("blocked", "sdpa"))
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

@@ -325,3 +325,21 @@ def test_training_takes_long_lines_and_control_characters(tmp_path: Path) -> Non
     tokenizer = Tokenizer.load(train_tokenizer(odd, 512, tmp_path / "t.model"))
     for text in odd:
         assert tokenizer.decode(tokenizer.encode(text)) == text.replace("\u2581", " ")
+
+
+def test_a_first_piece_of_two_spaces_does_not_hide_that_the_decoder_swallows_one(tmp_path: Path) -> None:
+    """With a space put before each document, the first piece that begins with one may be two spaces: one remains."""
+    texts = ["  ".join(["tone", "rust", "a sun"]) + f" {i}" for i in range(40)]
+    tokenizer = Tokenizer.load(train_tokenizer(texts, 290, tmp_path / "prefix.model", dummy_prefix=True))
+    first = next(i for i in range(290) if tokenizer.byte_table.leading_space[i] and tokenizer.byte_table.base[i])
+    assert tokenizer.piece(first) == "\u2581\u2581"
+    assert tokenizer.byte_table.boundary[tokenizer.bos_id]
+    audit = audit_documents(tokenizer, texts, "x")
+    np.testing.assert_array_equal(audit.decoded_bytes, audit.original_bytes)
+
+
+def test_documents_of_a_stream(trained: Tokenizer) -> None:
+    stream = np.concatenate([[260], *(trained.encode_document(text) for text in ["a b", "", "c"])]).astype(np.uint16)
+    assert trained.decode_documents(stream) == ["a b", "", "c"]
+    assert trained.decode_documents(stream, 1) == ["a b"]
+    assert trained.decode_documents(stream[:1]) == []

@@ -57,9 +57,11 @@ def make_run(corpus_file: Path, variant: str = "tiny", seed: int = 1, **override
             "xsa": 1, "bigram": {"vocab_size": 64, "dim": 8}, "value_embedding": {"dim": 8, "layers": [-1]},
         },
         "train": {
-            "steps": 12, "batch_tokens": 256, "sequence_length": 64, "warmdown_steps": 6, "validate_every": 6,
-            "checkpoint_every": 3, "log_every": 2, "ema_decay": 0.5, "device": "cpu",
-            "muon_dtype": "float32", "muon_momentum_dtype": "float32", "precision": "float32",
+            "steps": 12, "batch_tokens": 256, "sequence_length": 64, "schedule": {"warmdown_steps": 6},
+            "averaging": {"ema_decay": 0.5}, "optimizer": {"muon_dtype": "float32", "muon_momentum_dtype": "float32"},
+        },
+        "machine": {
+            "validate_every": 6, "checkpoint_every": 3, "log_every": 2, "device": "cpu", "precision": "float32",
         },
         "quantize": {"passthrough_numel": 256, "scale_floor": False},
         "score": {"stride": 16},
@@ -179,8 +181,8 @@ def test_a_trainer_found_dying_is_started_again(corpus_file, monkeypatch):
     "overrides",
     [
         {},
-        {"model.value_residual": "lambda", "train.checkpoint_activations": True},
-        {"train.qat_start": 0.9, "train.grad_clip": 0.0},
+        {"model.value_residual": "lambda", "machine.checkpoint_activations": True},
+        {"train.qat.start": 0.9, "train.optimizer.grad_clip": 0.0},
     ],
     ids=["plain", "unused parameters, recomputed", "fake quantised, not clipped"],
 )
@@ -195,7 +197,7 @@ def test_two_processes_take_the_steps_of_one_with_two_pieces(corpus_file, overri
     with monkeypatch.context() as patch:
         patch.setattr(loop.Prefetching, "next", every_other_row_first)
         one = train_here(alone)
-    run = make_run(corpus_file, "two", **overrides, **{"train.processes": 2})
+    run = make_run(corpus_file, "two", **overrides, **{"machine.processes": 2})
     launcher.launch(run)
     launcher.follow(run, poll=0.05)
     two = load_file(run.checkpoint_path)
@@ -206,9 +208,14 @@ def test_two_processes_take_the_steps_of_one_with_two_pieces(corpus_file, overri
 
 def test_two_processes_with_two_pieces_each(corpus_file):
     """The mean of four pieces is summed in another order: the first loss and gradient tell whether each one counts."""
-    settings = {"train.steps": 1, "train.warmdown_steps": 0, "train.grad_clip": 0.0, "train.averaging": "none"}
+    settings = {
+        "train.steps": 1,
+        "train.schedule.warmdown_steps": 0,
+        "train.optimizer.grad_clip": 0.0,
+        "train.averaging.method": "none",
+    }
     one = train_here(make_run(corpus_file, "one", **settings))
-    run = make_run(corpus_file, "two", **settings, **{"train.processes": 2, "train.micro_batches": 2})
+    run = make_run(corpus_file, "two", **settings, **{"machine.processes": 2, "train.micro_batches": 2})
     launcher.launch(run)
     launcher.follow(run, poll=0.05)
     two = load_file(run.checkpoint_path)
@@ -226,7 +233,7 @@ def wait_for_points(run: Run, more_than: int) -> None:
 
 
 def test_a_rank_that_dies_ends_the_run_by_name_and_it_resumes(corpus_file):
-    settings = {"train.processes": 2, "train.steps": 400, "train.checkpoint_every": 20}
+    settings = {"machine.processes": 2, "train.steps": 400, "machine.checkpoint_every": 20}
     whole, run = (make_run(corpus_file, name, **settings) for name in ("whole", "widowed"))
     launcher.launch(whole)
     launcher.follow(whole, poll=0.05)
@@ -313,7 +320,7 @@ def test_two_processes_train_where_the_host_name_does_not_resolve(corpus_file, m
 
     monkeypatch.setattr(subprocess, "Popen", renamed)
     monkeypatch.setenv("PET_NNODES", "2")
-    run = make_run(corpus_file, "nameless", **{"train.processes": 2})
+    run = make_run(corpus_file, "nameless", **{"machine.processes": 2})
     launcher.launch(run)
     deadline = time.monotonic() + 60  # the wait for a name takes ten minutes
     try:
@@ -326,7 +333,7 @@ def test_two_processes_train_where_the_host_name_does_not_resolve(corpus_file, m
 
 @pytest.mark.slow
 def test_killed_twenty_times_at_random_points_the_weights_are_those_of_a_straight_run(corpus_file):
-    settings = {"train.steps": 1500, "train.checkpoint_every": 7, "train.log_every": 5}
+    settings = {"train.steps": 1500, "machine.checkpoint_every": 7, "machine.log_every": 5}
     whole, run = (make_run(corpus_file, name, **settings) for name in ("whole", "killed"))
     train_here(whole)
     generator, steps = np.random.default_rng(0), []
@@ -364,7 +371,7 @@ def test_gradient_accumulation_equals_the_large_batch(corpus_file):
 
 
 def test_recomputing_activations_changes_no_bit(corpus_file):
-    run = make_run(corpus_file, "recompute", **{"train.checkpoint_activations": True})
+    run = make_run(corpus_file, "recompute", **{"machine.checkpoint_activations": True})
     recomputed, plain = train_here(run), train_here(make_run(corpus_file, "plain"))
     assert same({k: v for k, v in recomputed.items()}, plain)
 
@@ -372,17 +379,21 @@ def test_recomputing_activations_changes_no_bit(corpus_file):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"train.averaging": "swa", "train.swa_every": 1, "train.swa_start": 0.9},
-        {"train.averaging": "swa_of_ema", "train.swa_every": 1, "train.swa_start": 0.9},
-        {"train.averaging": "none"},
-        {"train.qat_start": 0.9},
-        {"train.qat_start": 0.9, "train.qat_rule": "published"},
+        {"train.averaging.method": "swa", "train.averaging.swa_every": 1, "train.averaging.swa_start": 0.9},
+        {"train.averaging.method": "swa_of_ema", "train.averaging.swa_every": 1, "train.averaging.swa_start": 0.9},
+        {"train.averaging.method": "none"},
+        {"train.qat.start": 0.9},
+        {"train.qat.start": 0.9, "train.qat.rule": "published"},
         {"train.loader": "coprime"},
-        {"train.precision": "bfloat16"},
-        {"train.matrix_optimizer": "adamw", "train.matrix_lr": 0.005},
-        {"train.muon_row_norm": True},
-        {"train.newton_schulz_coefficients": "polar_express"},
-        {"train.lr_warmup_steps": 3, "train.warmdown_shape": "cosine", "train.min_lr_scale": 0.1},
+        {"machine.precision": "bfloat16"},
+        {"train.optimizer.matrix_optimizer": "adamw", "train.optimizer.matrix_lr": 0.005},
+        {"train.optimizer.muon_row_norm": True},
+        {"train.optimizer.newton_schulz_coefficients": "polar_express"},
+        {
+            "train.schedule.lr_warmup_steps": 3,
+            "train.schedule.warmdown_shape": "cosine",
+            "train.schedule.min_lr_scale": 0.1,
+        },
     ],
     ids=lambda o: "-".join(f"{key.removeprefix('train.')}={value}" for key, value in o.items()),
 )
@@ -414,10 +425,10 @@ def load_averaged(run: Run) -> dict:
 )
 def test_a_compiled_run_trains_alike_with_its_compile_time_apart(corpus_file):
     """Validation, fake quantisation and resuming happen around the compiled step, and none makes it compile again."""
-    settings = {"train.qat_start": 0.5, "train.compile_warmup_steps": 3}
+    settings = {"train.qat.start": 0.5, "machine.compile_warmup_steps": 3}
     eager, run = (
         make_run(corpus_file, "eager", **settings),
-        make_run(corpus_file, "compiled", **settings, **{"train.compile": True}),
+        make_run(corpus_file, "compiled", **settings, **{"machine.compile": True}),
     )
     train_here(eager)
     launcher.launch(run)
@@ -434,7 +445,7 @@ def test_the_clock_ends_training(corpus_file, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks) * 0.005))
     run = make_run(
-        corpus_file, "clock", **{"train.steps": 100000, "train.max_seconds": 0.5, "train.warmdown_steps": 10}
+        corpus_file, "clock", **{"train.steps": 100000, "train.max_seconds": 0.5, "train.schedule.warmdown_steps": 10}
     )
     train_here(run)
     result = run.read_result("training")
@@ -459,11 +470,11 @@ def test_divergence_names_the_tensor_and_keeps_the_last_good_checkpoint(corpus_f
         return loss
 
     monkeypatch.setattr(loop.Trainer, "train_step", overflowing)
-    run = make_run(corpus_file, "diverges", **{"train.checkpoint_every": 1})
+    run = make_run(corpus_file, "diverges", **{"machine.checkpoint_every": 1})
     assert loop.main([str(run.path)]) == 2
     message = run.read_result("training")["message"]
     assert "not finite after step 7: weight tok_emb.weight (1 of 9,600 values)" in message
-    assert "the checkpoint of step 6 is kept" in message and "train.matrix_lr" in message
+    assert "the checkpoint of step 6 is kept" in message and "in train.optimizer" in message
     kept = load_file(run.checkpoint_path)
     assert all(t.isfinite().all() for name, t in kept.items() if name.startswith("model/"))
     assert read_progress(run.checkpoint_path)["step"] == 6
@@ -582,7 +593,7 @@ def test_damaged_or_foreign_checkpoint_is_refused(corpus_file):
         load_model(run)
     assert loop.main([str(run.path)]) == 2
     assert "delete it to train anew" in run.read_result("training")["message"]
-    other = make_run(corpus_file, "other", **{"train.matrix_lr": 0.01})
+    other = make_run(corpus_file, "other", **{"train.optimizer.matrix_lr": 0.01})
     other.checkpoint_path.write_bytes(good)
     with pytest.raises(CheckpointError, match="another config"):
         train_here(other)
@@ -611,7 +622,7 @@ def test_stages_skip_what_is_done_and_redo_what_changed(corpus_file):
 
 
 def test_wrong_number_of_processes_is_refused(corpus_file, capsys):
-    run = make_run(corpus_file, "count", **{"train.processes": 2})
+    run = make_run(corpus_file, "count", **{"machine.processes": 2})
     assert loop.main([str(run.path)]) == 2
     assert "2, but 1 processes were started" in capsys.readouterr().err
     assert loop.main([]) == 2

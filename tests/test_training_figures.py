@@ -1,4 +1,4 @@
-"""Pictures and comparisons of training: selections of a study, honest differences, published curves, Newton-Schulz."""
+"""Pictures and comparisons of training: selections of a study, honest differences, published curves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 
 from golfbook.analysis import comparisons, statistics
@@ -20,7 +19,6 @@ from golfbook.plots import style
 from golfbook.plots import training as training_plots
 from golfbook.study import results
 from golfbook.study.plan import flatten, plan
-from golfbook.train import muon
 from golfbook.train.schedules import schedule_table
 
 PROJECT = Path(__file__).parents[1]
@@ -46,14 +44,21 @@ def study(job: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows, curves = [], []
     for run, tree in zip(job.runs, trees, strict=True):
         train, seed = run.config.train, run.config.seed
-        best = {"muon": 0.05, "adamw": 0.004}[train.matrix_optimizer]
-        score = 2.0 + 0.01 * np.log2(train.matrix_lr / best) ** 2 + 0.05 * (train.matrix_optimizer == "adamw")
-        score += {0: 0.1, 50: 0.1, 75: 0.02}.get(train.warmdown_steps, 0) if train.steps == 300 else 0.0
-        score += {"none": 0.03, "swa": -0.01}.get(train.averaging, 0) + of_seed[seed] + luck.normal(0, 0.001)
+        best = {"muon": 0.05, "adamw": 0.004}[train.optimizer.matrix_optimizer]
+        score = (
+            2.0
+            + 0.01 * np.log2(train.optimizer.matrix_lr / best) ** 2
+            + 0.05 * (train.optimizer.matrix_optimizer == "adamw")
+        )
+        score += {0: 0.1, 50: 0.1, 75: 0.02}.get(train.schedule.warmdown_steps, 0) if train.steps == 300 else 0.0
+        score += {"none": 0.03, "swa": -0.01}.get(train.averaging.method, 0) + of_seed[seed] + luck.normal(0, 0.001)
         same = {"variant": run.variant, "seed": seed}
         rows.append(
             {**same, **{key: tree[key] for key in varied}, "val_bpb": score, "steps": train.steps}
-            | {"tokens_seen": train.steps * train.batch_tokens, "weights": WORDS.get(train.averaging, "swa of ema")}
+            | {
+                "tokens_seen": train.steps * train.batch_tokens,
+                "weights": WORDS.get(train.averaging.method, "swa of ema"),
+            }
         )
         for step in range(0, train.steps + 1, train.steps // 5):
             tokens = step * train.batch_tokens
@@ -67,13 +72,15 @@ def test_the_job_is_one_comparison_at_a_time(job: Any) -> None:
     assert {c.steps * c.batch_tokens for c in configs.values()} == {614_400}
     for name, config in configs.items():
         scale = config.batch_tokens / 2048
-        assert config.steps * scale == 300 and config.muon_momentum_warmup_steps * scale == 100, name
-        assert config.ema_decay == pytest.approx(0.98**scale, abs=1e-5)
+        assert config.steps * scale == 300 and config.optimizer.muon_momentum_warmup_steps * scale == 100, name
+        assert config.averaging.ema_decay == pytest.approx(0.98**scale, abs=1e-5)
         if scale != 1:
-            assert config.warmdown_steps * scale == pytest.approx(150, abs=2)
-            root = config.matrix_lr / 0.025
+            assert config.schedule.warmdown_steps * scale == pytest.approx(150, abs=2)
+            root = config.optimizer.matrix_lr / 0.025
             assert root == pytest.approx(scale**0.5 if name.endswith("_root") else 1, rel=1e-4)
-            assert [config.scalar_lr / 0.025, config.embed_lr / 0.035] == pytest.approx([root, root], rel=1e-4)
+            assert [config.optimizer.scalar_lr / 0.025, config.optimizer.embed_lr / 0.035] == pytest.approx(
+                [root, root], rel=1e-4
+            )
         if config.averaging in ("swa", "swa_of_ema"):
             table = schedule_table(config)
             taken = table["step"][table["snapshot"]]
@@ -120,12 +127,8 @@ def test_differences_are_paired_over_seeds(study: tuple[pd.DataFrame, pd.DataFra
         assert row["n"] == 4
 
 
-def test_missing_seeds_are_left_out_of_pairs_and_of_the_choice(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+def test_missing_seeds_are_left_out_of_pairs(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table = study[0]
-    gone = table[~((table["variant"] == "muon_lr_0.05") & (table["seed"] == 2))]  # the best one has lost a seed
-    best = comparisons.best_rates(comparisons.by_learning_rate(gone)).set_index("series")
-    assert best.loc["Muon", "rate"] == 0.025 or best.loc["Muon", "rate"] == 0.1
-    assert comparisons.best_rates(comparisons.by_learning_rate(table)).set_index("series").loc["Muon", "rate"] == 0.05
     gone = table[~((table["variant"] == "warmdown_0") & (table["seed"] == 2))]
     _, found = comparisons.by_warmdown(gone)
     assert found.set_index("label").loc["none: constant rate", "n"] == 3
@@ -151,19 +154,74 @@ def test_rates_are_chosen_on_the_other_seeds() -> None:
 
 
 def test_findings_follow_the_table(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    """Turning all scores upside down turns what is said, so no sign is written into the text."""
+    """Words come first and turn with the scores, so no finding is written into the text."""
     table, _ = study
-    text = "\n".join(comparisons.findings(table))
-    assert "Muon 0.05, AdamW 0.004." in text and "none: constant rate: +0.1" in text
-    one = next(line for line in text.splitlines() if line.startswith("**Warmdown"))
-    assert "(n = 4 pairs" in one and "higher" in one
-    turned = "\n".join(comparisons.findings(table.assign(val_bpb=4 - table["val_bpb"])))
-    assert "none: constant rate: -0.1" in turned and "at the edge" in turned
-    line = next(line for line in text.splitlines() if line.startswith("**Muon minus"))
-    other = next(line for line in turned.splitlines() if line.startswith("**Muon minus"))
-    assert "lower" in line and line != other
+    found = comparisons.findings(table)
+    assert all(line.startswith("**") for line in found)
+    text, turned = "\n".join(found), "\n".join(comparisons.findings(table.assign(val_bpb=4 - table["val_bpb"])))
+    for words, opposite in (
+        ("Muon ends better than AdamW", "Muon ends worse than AdamW"),
+        ("**No other length and shape of the warmdown is better than the base's.**", "ways to change the length"),
+        ("none: constant rate +0.1", "none: constant rate -0.1"),
+        (
+            "Every other way of averaging, with the warmdown, is better",
+            "Every other way of averaging, with the warmdown",
+        ),
+    ):
+        assert words in text and opposite in turned
+    assert "(n = 4" not in text and text.count("n = 4 pairs") == len(found) - 1
     alone = "\n".join(comparisons.findings(table[table["seed"] == 1]))
-    assert "nan" in alone and "higher" not in alone and "lower" not in alone
+    assert "nan" in alone and "cannot be told from" in alone and "Every" not in alone
+
+
+@pytest.mark.parametrize(
+    ("neither", "average", "warmdown", "both", "words"),
+    [
+        (2.2, 2.0, 2.0, 2.0, "do the same work: alone they remove 0.20 and 0.20, together 0.20, no more"),
+        (2.2, 2.0, 2.1, 1.9, "help each other: alone they remove 0.20 and 0.10, together 0.30"),
+        (2.2, 2.3, 2.1, 2.0, "are not both of use here"),
+    ],
+)
+def test_averaging_and_warmdown_are_told_from_four_cells(
+    neither: float, average: float, warmdown: float, both: float, words: str, study: tuple[pd.DataFrame, pd.DataFrame]
+) -> None:
+    table = study[0].copy()
+    luck = np.random.default_rng(5).normal(0, 0.001, len(table))
+    cells = {"no_average_warmdown_0": neither, "warmdown_0": average, "no_average": warmdown, "base": both}
+    for variant, score in cells.items():
+        mine = table["variant"] == variant
+        table.loc[mine, "val_bpb"] = score + luck[mine]
+    scores, differences = comparisons.averaging_and_warmdown(table)
+    assert set(scores["variant"]) == set(cells)
+    wide = table.pivot(index="seed", columns="variant", values="val_bpb")
+    expected = [wide[v] - wide["no_average_warmdown_0"] for v in ("warmdown_0", "no_average", "base")]
+    better = min(wide["warmdown_0"], wide["no_average"], key=lambda values: values.mean())
+    assert differences["mean"].tolist() == pytest.approx([d.mean() for d in (*expected, wide["base"] - better)])
+    assert words in comparisons.findings(table)[0]
+    left, _ = training_plots.two_by_two(scores, differences, title="t", against="a").axes
+    (hollow,) = [line for line in left.lines if line.get_markerfacecolor() == "none"]
+    assert hollow.get_ydata()[0] == pytest.approx(average + warmdown - neither, abs=0.003)
+    dots = np.concatenate([line.get_ydata() for line in left.lines if line.get_marker() == "o"])
+    assert len(dots) == 4 * 4 + 1
+    gone = comparisons.averaging_and_warmdown(table[table["variant"] != "no_average"])
+    assert gone[0].empty and gone[1].empty
+
+
+def test_another_study_is_told_variant_by_variant(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    mine = study[0][study[0]["variant"].isin(["base", "adamw_lr_0.032", "muon_lr_0.05"])]
+    table = mine[
+        ["variant", "seed", "val_bpb", "train.optimizer.matrix_lr", "train.optimizer.matrix_optimizer"]
+    ].assign(train_seconds=30.0)
+    found = comparisons.findings(table)
+    assert found[0].startswith("**adamw_lr_0.032 is worse than base.**") or "muon_lr_0.05" in found[0]
+    assert len(found) == 2 and any(line.startswith("**muon_lr_0.05 is better than base.**") for line in found)
+    changes = comparisons.changes(table).set_index("variant")
+    assert changes.loc["base", "changes"] == "nothing"
+    assert (
+        changes.loc["adamw_lr_0.032", "changes"]
+        == "train.optimizer.matrix_lr: 0.032, train.optimizer.matrix_optimizer: adamw"
+    )
+    assert changes["minutes"].tolist() == pytest.approx([2.0] * 3) and changes["seeds"].tolist() == [4] * 3
 
 
 def test_sweep_shows_every_run_interval_and_the_best(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
@@ -179,8 +237,9 @@ def test_sweep_shows_every_run_interval_and_the_best(study: tuple[pd.DataFrame, 
     low, high = sorted(bars[2][0].get_segments()[index][:, 1])
     assert (low, high) == pytest.approx((summary.low, summary.high))
     rings = [line.get_xydata()[0].tolist() for line in left.lines if line.get_markerfacecolor() == "none"]
-    best = comparisons.best_rates(runs)
-    np.testing.assert_allclose(sorted(rings), sorted(best[["rate", "mean"]].to_numpy().tolist()))
+    means = runs.groupby(["series", "x"])["val_bpb"].mean()
+    best = [[mine.idxmin()[1], mine.min()] for _, mine in means.groupby("series")]
+    np.testing.assert_allclose(sorted(rings), sorted(best))
     assert left.get_xscale() == "log" and left.get_ylabel() == "bits per byte"
     means = [c[0].get_xdata()[0] for c in right.containers]
     assert means == pytest.approx(differences["mean"].tolist())
@@ -225,20 +284,18 @@ def test_one_seed_has_no_interval(study: tuple[pd.DataFrame, pd.DataFrame]) -> N
     assert style.png(picture)[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("kind", ["learning_rates", "batch_sizes"])
-def test_panels_show_the_curves_of_the_chosen_runs(kind: str, study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+def test_panel_shows_the_curves_of_the_chosen_variants(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table, curves = study
-    panel = getattr(training_panels, kind)(table, curves)
+    panel = training_panels.curves(table, curves)
+    means = table[table["variant"] != "base"].groupby("variant")["val_bpb"].mean()
+    assert panel.state["first"] == "base" and panel.state["second"] == means.idxmin()
     for x in training_plots.COUNTS:
-        _, right = panel.figure(x=x).axes
-        chosen = curves[curves["variant"].isin([panel.state["first"], panel.state["second"]])]
-        drawn = np.concatenate([line.get_xydata() for line in right.lines if line.get_marker() != "o"])
+        (axes,) = panel.figure(x=x).axes
+        chosen = curves[curves["variant"].isin(["base", means.idxmin()])]
+        drawn = np.concatenate([line.get_xydata() for line in axes.lines if line.get_marker() != "o"])
         np.testing.assert_allclose(sorted(drawn.tolist()), sorted(chosen[[x, "val_bpb"]].to_numpy().tolist()))
-    options = panel.controls["first"].options
-    assert set(options.values()) <= set(table["variant"]) and "base" in options.values()
-    first = panel.png()
-    other = next(v for v in options.values() if v not in (panel.state["first"], panel.state["second"]))
-    assert panel.png(second=other) != first
+    assert set(panel.controls["first"].options.values()) == set(table["variant"])
+    assert panel.png(second="no_average") != panel.png()
 
 
 def test_reference_tables_are_read_or_said_to_be_missing(
@@ -269,6 +326,7 @@ def test_published_trajectories_are_the_published_points() -> None:
         np.testing.assert_allclose(sorted(drawn.tolist()), sorted(np.stack([x, shown["value"]], axis=1).tolist()))
     names = [text.get_text() for text in steps.get_legend().get_texts()]
     assert names[0] == "PR 1166, 2xA100-PCIE-40GB, 6 runs" and len(names) == 5
+    assert names[4].startswith("GEPA (PR 612 to 668), ") and not any("S1" in name for name in names)
     ends = sorted(max(line.get_xdata()) for line in picture.axes[1].lines if line.get_linewidth() == 0.8)
     assert ends == sorted(events.loc[events["event"] == "train_end", "step"])
     marked = [line.get_xdata()[0] for line in picture.axes[1].lines if line.get_marker() == "s"]
@@ -290,70 +348,6 @@ def test_published_gains_of_the_warmdown() -> None:
     assert gains["gain"].count() == 15
 
 
-def random_matrix(rows: int, columns: int, smallest: float) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    u, _ = torch.linalg.qr(torch.randn(rows, min(rows, columns), generator=generator))
-    v, _ = torch.linalg.qr(torch.randn(columns, min(rows, columns), generator=generator))
-    return (u * torch.logspace(0, np.log10(smallest), min(rows, columns))) @ v.mT
-
-
-@pytest.mark.parametrize("kind", ["quintic", "polar_express"])
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (12, 60)])
-def test_directions_walk_along_the_polynomials(kind: muon.Coefficients, shape: tuple[int, int]) -> None:
-    matrix = random_matrix(*shape, smallest=1e-2)
-    sizes = comparisons.direction_sizes(matrix, 5, kind)
-    expected = [np.linalg.svd(matrix.double().numpy(), compute_uv=False)]
-    expected[0] = expected[0] / np.linalg.norm(expected[0]) / (1 if kind == "quintic" else muon.SAFETY)
-    for a, b, c in muon.iteration_coefficients(5, kind):
-        x = expected[-1]
-        expected.append(a * x + b * x**3 + c * x**5)
-    np.testing.assert_allclose(sizes, expected, atol=5e-4)  # float32, and shared products for long matrices
-    final = torch.linalg.svdvals(muon.newton_schulz(matrix, 5, torch.float32, kind).double()).numpy()
-    np.testing.assert_allclose(sorted(sizes[-1]), sorted(final), atol=5e-4)
-    rounded = comparisons.direction_sizes(matrix, 5, kind, torch.bfloat16)
-    assert 1e-4 < np.abs(rounded - sizes)[-1].max() < 0.2
-
-
-def test_row_norms_change_where_the_iteration_starts() -> None:
-    matrix = random_matrix(24, 40, smallest=1e-2) * torch.logspace(0, 2, 24)[:, None]
-    before = matrix.clone()
-    plain, rows = (comparisons.direction_sizes(matrix, 0, row_norm=on)[0] for on in (False, True))
-    expected = torch.linalg.svdvals((matrix / matrix.norm(dim=1, keepdim=True)).double())
-    np.testing.assert_allclose(rows, (expected / expected.norm()).numpy(), atol=1e-6)
-    assert rows.min() / rows.max() > plain.min() / plain.max()
-    assert torch.equal(matrix, before)
-
-
-def test_newton_schulz_panel_draws_the_sizes() -> None:
-    matrix = random_matrix(24, 40, smallest=1e-2)
-    panel = training_panels.newton_schulz(matrix, "w")
-    sizes = comparisons.direction_sizes(matrix, 5)
-    left, right = panel.figure().axes
-    assert np.allclose(left.collections[0].get_offsets(), np.stack([sizes[4], sizes[5]], axis=1))
-    assert right.lines[-2].get_ydata() == pytest.approx(sizes[5])
-    assert f"median {np.median(sizes[5]):.2g}" in right.get_title(loc="left")
-    first = panel.png()
-    for change in ({"step": 0}, {"coefficients": "polar_express"}, {"row_norm": True}, {"dtype": "bfloat16"}):
-        assert panel.png(**change) != first
-
-
-def test_animation_moves_up_to_the_curve_and_across_and_is_small() -> None:
-    matrix = random_matrix(24, 40, smallest=1e-2)
-    frames, times = training_panels.newton_schulz_frames(matrix, "w")
-    assert len(frames) == len(times) == 1 + 4 * 5 and max(times) == times[-1]
-    sizes = comparisons.direction_sizes(matrix, 5)
-    series = {"quintic": (sizes, muon.iteration_coefficients(5))}
-    for moment, x, y in ((0, 0, 0), (0.5, 0, 1), (1, 1, 1), (1.5, 1, 2), (5, 5, 5)):
-        (axes,) = training_plots.newton_schulz_moment(series, moment).axes
-        found = axes.collections[0].get_offsets()
-        assert np.allclose(found, np.stack([sizes[x], sizes[y]], axis=1)), moment
-        assert f"{int(moment)} of 5 steps" in axes.get_title(loc="left")
-    data = style.gif([frame() for frame in frames], times)
-    assert len(data) < 300_000
-    with Image.open(io.BytesIO(data)) as image:
-        assert image.n_frames == len(frames) and max(image.size) <= 800
-
-
 def test_pictures_are_pure_and_labelled(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table, curves = study
     kept = table.copy(), curves.copy(), PUBLISHED["trajectories"].copy()
@@ -364,7 +358,7 @@ def test_pictures_are_pure_and_labelled(study: tuple[pd.DataFrame, pd.DataFrame]
         ),
         lambda: training_plots.sweep(rates, pd.DataFrame(), xlabel="x", title="t", against="a"),
         lambda: training_plots.conditions(*comparisons.by_warmdown(table), title="t", against="a"),
-        lambda: training_panels.batch_sizes(table, curves).figure(),
+        lambda: training_panels.curves(table, curves).figure(),
         lambda: training_plots.trajectories(*PUBLISHED.values()),
     ]
     for draw in draws:

@@ -39,9 +39,10 @@ OVERRIDES: dict[str, Any] = {
         "xsa": 1, "bigram": {"vocab_size": 64, "dim": 8}, "value_embedding": {"dim": 8, "layers": [-1]},
     },
     "train": {
-        "steps": STEPS, "batch_tokens": 128, "sequence_length": 32, "warmdown_steps": 15, "ema_decay": 0.5,
-        "muon_momentum_warmup_steps": 10, "validate_every": 10, "log_every": 1, "checkpoint_every": 2,
+        "steps": STEPS, "batch_tokens": 128, "sequence_length": 32, "schedule": {"warmdown_steps": 15},
+        "averaging": {"ema_decay": 0.5}, "optimizer": {"muon_momentum_warmup_steps": 10},
     },
+    "machine": {"validate_every": 10, "log_every": 1, "checkpoint_every": 2},
     "quantize": {"passthrough_numel": 256},
     "score": {"stride": 8},
 }  # fmt: skip

@@ -46,9 +46,9 @@ _current = Choices()
 
 def choose_device(config: Config, rank: int = 0) -> torch.device:
     """CUDA where it is there and allowed, else the CPU; raises RunError where CUDA is demanded and missing."""
-    wanted = config.train.device
+    wanted = config.machine.device
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise RunError("train.device is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'")
+        raise RunError("machine.device is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", rank % torch.cuda.device_count())
@@ -56,8 +56,8 @@ def choose_device(config: Config, rank: int = 0) -> torch.device:
 
 def choose_precision(config: Config) -> tuple[str, str]:
     """Dtype of activations, "float32" or "bfloat16", and the reason; "auto" is what was measured to be faster."""
-    if config.train.precision != "auto":
-        return config.train.precision, "train.precision says so"
+    if config.machine.precision != "auto":
+        return config.machine.precision, "machine.precision says so"
     length = "short" if config.train.sequence_length <= SHORT else "long"
     if length not in _current.precision:
         return "float32", "nothing was measured on this machine"
@@ -124,23 +124,31 @@ def products_are_exact(library: Products) -> bool:
     return max(errors) < EXACT
 
 
-def product_ceiling(device: torch.device, precision: str, size: int = 0, repeats: int = 5) -> float:
-    """Operations a second of a large square matrix product here, the best of ``repeats``: what MFU is measured against.
+def product_ceiling(device: torch.device, precision: str, size: int = 0, seconds: float = 0.1) -> float:
+    """Return the operations a second of the fastest square matrix product here: what MFU is measured against.
 
-    ``size`` is its side (0: 1024 on a CPU, 8192 on a GPU). Uses the threads and libraries that are set. The numbers are
+    ``size`` is the side (0: the best of 256, 512 and 1024 on a CPU, of 8192 on a GPU); each gets ``seconds``. Uses the
+    threads and libraries that are set. One thread of a CPU is timed by its own clock, which stands still while others
+    have the core: a ceiling taken beside them would be too low, and training would seem to exceed it. The numbers are
     random: a GPU multiplies equal ones faster, which no training does.
     """
-    size = size or (8192 if device.type == "cuda" else 1024)
+    sizes = [size] if size else [8192] if device.type == "cuda" else [256, 512, 1024]
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     generator = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(size, size, device=device, generator=generator).to(getattr(torch, precision)) for _ in range(2))
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return 2 * size**3 / min(times[1:])
+    best = 0.0
+    for side in sizes:
+        shape, dtype = (side, side), getattr(torch, precision)
+        a, b = (torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(2))
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < 3 or time.perf_counter() < end:
+            started = clock()
+            torch.mm(a, b)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(clock() - started)
+        best = max(best, 2 * side**3 / min(times[1:]))
+    return best
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:

@@ -82,7 +82,7 @@ def count_gpus(allowed: str | None) -> int:
     asked = subprocess.run([sys.executable, "-P", "-c", COUNT_GPUS], capture_output=True, text=True)
     if asked.returncode or not asked.stdout.split():
         last = (asked.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RunError(f"torch could not be asked for its GPUs: {last}; set train.device to 'cpu' to do without")
+        raise RunError(f"torch could not be asked for its GPUs: {last}; set machine.device to 'cpu' to do without")
     return int(asked.stdout.split()[-1])
 
 

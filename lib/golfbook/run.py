@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from golfbook import __version__, activity
 from golfbook.config.load import check_parameters, load_config, validate
 from golfbook.config.schema import Config
-from golfbook.errors import GolfbookError, RunError
+from golfbook.errors import ConfigError, GolfbookError, RunError
 from golfbook.files import atomic_write_json, project_root, runs_root, sha256_bytes, sha256_file
 from golfbook.machine import torch_build
 
@@ -246,6 +246,8 @@ def create_run(study: str, variant: str, config: Config) -> Run:
                 f"{path} is that of another run (seed {held.seed}, {held.hash}): the folder was copied or renamed; "
                 "give it its own name back, or delete it"
             )
+        if held.machine != config.machine:  # how often a run is logged, validated and saved may change on the way
+            atomic_write_json(path, config.model_dump(mode="json"))
     else:
         atomic_write_json(run.path / "env.json", environment())
         atomic_write_json(path, config.model_dump(mode="json"))
@@ -259,7 +261,13 @@ def open_run(path: str | Path) -> Run:
         tree = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} is not a run folder: config.json is missing or unreadable ({error})") from None
-    return Run(path, validate(tree))
+    try:
+        return Run(path, validate(tree))
+    except ConfigError as error:
+        raise RunError(
+            f"{path} was made by another version of golfbook, or its config.json was changed ({error}); delete the "
+            "folder, or use another study name"
+        ) from None
 
 
 def notebook_run(

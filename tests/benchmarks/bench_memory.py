@@ -29,8 +29,8 @@ SIDES = {"activations kept": False, "activations recomputed": True}
 
 def measure(options: argparse.Namespace) -> None:
     """Body of one process: two steps, then a line of JSON."""
-    overrides = {"train.precision": options.precision, "train.checkpoint_activations": options.recompute}
-    config = load_config(options.preset, overrides={**overrides, "train.compile": False})
+    overrides = {"machine.precision": options.precision, "machine.checkpoint_activations": options.recompute}
+    config = load_config(options.preset, overrides={**overrides, "machine.compile": False})
     choices.set_up(options.threads, torch.device("cpu"))
     before = compute.peak_memory_bytes()
     step = TrainingStep(initialise(GPT(config.model), 0), config, torch.device("cpu"))

@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_optimizer.py [--sizes quickstart pr1166_e2e_ttt_flow] [--repeats 7] [--device cpu]
 
 Both sides update a model of the same size with the same random gradients, in turn, in one process, with momentum and
-Newton-Schulz in the same precision. The plain side is what a reader would write from the formulas of PR 1166 section
-14: a Newton-Schulz iteration for each matrix, and AdamW with neither ``foreach`` nor ``fused``. The last line of each
-size is the ratio of medians, by the clock and by CPU time; the second is steadier on a machine that does other work.
+Newton-Schulz in the same precision. The plain side is ``golfbook.plain.muon``, a Newton-Schulz iteration for each
+matrix, and AdamW with neither ``foreach`` nor ``fused``. The last line of each size is the ratio of medians, by the
+clock and by CPU time; the second is steadier on a machine that does other work.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from golfbook import compute
 from golfbook.config.load import load_config
 from golfbook.config.schema import TrainConfig
 from golfbook.model.gpt import GPT, initialise
+from golfbook.plain.muon import PlainMuon
 from golfbook.train import choices
 from golfbook.train.muon import make_optimizers, parameter_groups
 
@@ -36,50 +36,15 @@ def plain_products() -> None:
     torch.use_deterministic_algorithms(False)
 
 
-def plain_newton_schulz(x: Tensor) -> Tensor:
-    """Five quintic steps on one matrix or a stack of them (..., rows, columns), one formula a line."""
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
-    return x.mT if tall else x
-
-
-class PlainMuon:
-    """Muon one parameter at a time: a matrix, or a stack of matrices (n, rows, columns) as PR 1166 stores them."""
-
-    def __init__(self, parameters: list[Tensor], config: TrainConfig) -> None:
-        self.parameters, self.config = parameters, config
-        self.lr, self.momentum = config.matrix_lr, config.muon_momentum
-        self.dtype = getattr(torch, config.muon_dtype)
-        dtype = getattr(torch, config.muon_momentum_dtype)
-        self.momenta = [torch.zeros_like(p, dtype=dtype) for p in parameters]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update every matrix."""
-        config = self.config
-        for weight, momentum in zip(self.parameters, self.momenta, strict=True):
-            assert weight.grad is not None
-            gradient = weight.grad.to(momentum.dtype)
-            momentum.mul_(self.momentum).add_(gradient)
-            update = plain_newton_schulz((gradient + self.momentum * momentum).to(self.dtype))
-            weight.mul_(1 - self.lr * config.muon_weight_decay)
-            scale = max(1.0, weight.size(-2) / weight.size(-1)) ** 0.5
-            weight.sub_(self.lr * scale * update.to(weight.dtype))
-
-
 def plain_side(model: GPT, config: TrainConfig) -> Side:
     """One matrix at a time, and torch's AdamW as a loop over parameters."""
     named, names = dict(model.named_parameters()), parameter_groups(model, config)
-    rates = {"embed": config.embed_lr, "scalar": config.scalar_lr, "head": config.head_lr}
+    rates = {"embed": config.optimizer.embed_lr, "scalar": config.optimizer.scalar_lr, "head": config.optimizer.head_lr}
     adam = torch.optim.AdamW(
         [{"params": [named[n] for n in names[g]], "lr": lr} for g, lr in rates.items() if names[g]],
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        weight_decay=config.adam_weight_decay,
+        betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
+        eps=config.optimizer.adam_eps,
+        weight_decay=config.optimizer.adam_weight_decay,
         foreach=False,
         fused=False,
     )
@@ -94,7 +59,9 @@ def our_side(model: GPT, config: TrainConfig) -> Side:
 
 def measure(preset: str, precision: str, repeats: int, device: str, threads: int) -> dict[str, float]:
     """Time both sides at the size of ``preset``, iteration and momentum in ``precision``; print and return medians."""
-    config = load_config(preset, overrides={"train.muon_dtype": precision, "train.muon_momentum_dtype": precision})
+    config = load_config(
+        preset, overrides={"train.optimizer.muon_dtype": precision, "train.optimizer.muon_momentum_dtype": precision}
+    )
     models = [initialise(GPT(config.model), seed=0).to(device)]
     models.append(copy.deepcopy(models[0]))
     sides = {

@@ -4,7 +4,7 @@
 
 Both sides start from the same weights, read the same batches under the same schedule, and keep the same moving average;
 the averaged weights are scored by the library on the whole validation split. The straightforward side is
-``plain_training.py`` in float32, ours takes the precision of this machine ("auto") unless ``--precision`` says
+``golfbook.plain`` in float32, ours takes the precision of this machine ("auto") unless ``--precision`` says
 otherwise. Printed: every seed, the paired differences with their 95 % t-interval, and the seconds of training of both
 sides with the ratio of medians.
 """
@@ -51,14 +51,14 @@ def train(config: Config, data: dataset.Dataset, take: Callable[[int, Tensor, Te
         seconds += time.perf_counter() - started
     model = GPT(config.model)
     model.load_state_dict(average.result(weights()))
-    choices.set_up(config.train.threads, CPU)  # one scorer for both
+    choices.set_up(config.machine.threads, CPU)  # one scorer for both
     nll = scoring.score(model.eval(), data.val_tokens, window=config.window, stride=config.window)
     return scoring.summarize(nll, data.val_bytes)["val_bpb"], seconds
 
 
 def library_side(config: Config, data: dataset.Dataset) -> tuple[float, float]:
     """The library's own step."""
-    choices.set_up(config.train.threads, CPU)
+    choices.set_up(config.machine.threads, CPU)
     step_ = TrainingStep(initialise(GPT(config.model), config.seed), config, CPU)
 
     def take(step: int, inputs: Tensor, targets: Tensor) -> None:
@@ -69,7 +69,7 @@ def library_side(config: Config, data: dataset.Dataset) -> tuple[float, float]:
 
 def plain_side(config: Config, data: dataset.Dataset) -> tuple[float, float]:
     """The straightforward step in float32."""
-    torch.set_num_threads(config.train.threads)
+    torch.set_num_threads(config.machine.threads)
     plain_products()
     plain = PlainStep(initialise(GPT(config.model), config.seed), config, CPU, banks=False)
 
@@ -89,11 +89,11 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
     options = parser.parse_args()
     print(choices.title(CPU))
-    changes = {"train.steps": options.steps, "train.warmdown_steps": options.steps // 2}
+    changes = {"train.steps": options.steps, "train.schedule.warmdown_steps": options.steps // 2}
     found: dict[str, list[tuple[float, float]]] = {"straightforward": [], "golfbook": []}
     for seed in options.seeds:
         configs = {
-            name: load_config(options.preset, seed=seed, overrides={**changes, "train.precision": precision})
+            name: load_config(options.preset, seed=seed, overrides={**changes, "machine.precision": precision})
             for name, precision in (("straightforward", "float32"), ("golfbook", options.precision))
         }
         data = dataset.prepare(configs["golfbook"])

@@ -1,11 +1,11 @@
-"""Speed of the scorer against the straightforward model in a plain loop over windows, as the published scripts score.
+"""Speed of the scorer against the plain model in a plain loop over windows, as the published scripts score.
 
     python tests/benchmarks/bench_scoring.py [--sizes tiny pr1166 pr1232] [--repeats 5] [--threads 1]
 
-The plain side is the model of ``plain_training.py``, eager, under torch's own defaults: one window at a time, padded to
-full length, logits and losses of all positions. Both sides run in turn in one process on the same random weights and
-real tokens, in float32 as all scores here, and must agree. The ratios are of medians, by the clock and by CPU time; the
-second one is steadier on a machine that does other work.
+The plain side is ``golfbook.plain``, its model and its score, eager, under torch's own defaults: one window at a time,
+padded to full length, logits and losses of all positions. Both sides run in turn in one process on the same random
+weights and real tokens, in float32 as all scores here, and must agree. The ratios are of medians, by the clock and by
+CPU time; the second one is steadier on a machine that does other work.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from bench_optimizer import plain_products
-from plain_training import PlainGPT
-from torch import Tensor
+from plain_training import plain_model
 
 from golfbook import compute
 from golfbook.config.load import load_config
-from golfbook.evaluate.scoring import plan_windows, score
+from golfbook.evaluate.scoring import score
 from golfbook.model.gpt import GPT, initialise
+from golfbook.plain import score as plain_score
+from golfbook.plain.model import PlainGPT
 from golfbook.train import choices
 
 TOKENS = Path(__file__).parents[1] / "golden" / "bytes_first50docs.npz"
@@ -38,21 +38,11 @@ SIZES = {  # preset, window, stride, targets
 TOLERANCE = 1e-4  # nats a target: sums in another order
 
 
-@torch.inference_mode()
-def plain_loop(
-    logits: Callable[[Tensor], Tensor], device: torch.device, tokens: np.ndarray, window: int, stride: int
+def one_window_at_a_time(
+    model: PlainGPT, device: torch.device, tokens: np.ndarray, window: int, stride: int
 ) -> np.ndarray:
-    """One window at a time, padded to full length, logits and losses of all positions, the scored ones kept."""
-    plan = plan_windows(len(tokens) - 1, window, stride)
-    result = np.empty(len(tokens) - 1, dtype=np.float32)
-    for start, first, stop in zip(plan.starts, plan.first, plan.stop, strict=True):
-        part = np.zeros(window + 1, dtype=np.int64)
-        known = tokens[start : start + window + 1]
-        part[: len(known)] = known
-        ids = torch.from_numpy(part).to(device)
-        nll = F.cross_entropy(logits(ids[None, :-1])[0], ids[1:], reduction="none")
-        result[first:stop] = nll[first - start : stop - start].cpu().numpy()
-    return result
+    """The plain score of a plain model on a device: logits and losses of all positions, the newest kept."""
+    return plain_score.score(lambda ids: model.logits(ids.to(device)).cpu(), tokens, window, stride)
 
 
 def measure(size: str, repeats: int, threads: int, device: torch.device) -> dict[str, float]:
@@ -64,11 +54,11 @@ def measure(size: str, repeats: int, threads: int, device: torch.device) -> dict
         for parameter in model.parameters():  # zero projections would make the two sides agree by themselves
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     model.to(device).eval()
-    plain = PlainGPT(model, banks=False).to(device).eval()
+    plain = plain_model(model.config, model.state_dict())
     tokens = np.load(TOKENS)["stream"][: targets + 1]
     chosen = choices.of_machine(device)
     sides: dict[str, Callable[[], np.ndarray]] = {
-        "straightforward": lambda: plain_loop(plain.logits, device, tokens, window, stride),
+        "straightforward": lambda: one_window_at_a_time(plain, device, tokens, window, stride),
         "golfbook": lambda: score(model, tokens, window=window, stride=stride),
     }
     wall: dict[str, list[float]] = {name: [] for name in sides}

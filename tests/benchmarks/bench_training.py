@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_training.py [--sizes tiny pr1166 pr1232] [--repeats 5] [--threads 1] [--compile]
 
 Both sides start from the same weights and take the same batches: forward, backward, clipping, Muon and AdamW. The plain
-side (``plain_training.py``) is what a reader would write from the formulas; at published sizes it keeps its matrices as
-the published code does, in banks for PR 1166, and orthogonalises bank by bank there, matrix by matrix elsewhere. Its
+side is what a reader would write from the formulas, ``golfbook.plain``; at published sizes it keeps its matrices as the
+published code does, in banks for PR 1166, and orthogonalises bank by bank there, matrix by matrix elsewhere. Its
 Newton-Schulz runs in the dtype of the preset, as ours. Losses of both sides must agree, or the benchmark fails.
 
 Printed for each size and precision: medians, ratios by the clock and by CPU time (the second is steadier on a machine
@@ -48,7 +48,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the first loss; Muon in bf
 
 def ready(preset: str, precision: str, compiled: bool) -> Config:
     """The preset with one row a step, activations in ``precision``."""
-    return load_config(preset, overrides={"train.precision": precision, "train.compile": compiled})
+    return load_config(preset, overrides={"machine.precision": precision, "machine.compile": compiled})
 
 
 def batch(config: Config, rows: int, seed: int, device: str) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/bench_ttt_linear.py [--rows 8] [--length 2048] [--width 512] [--heads 8] [--repeats 3]
 
-The plain loop cuts each mini-batch out of K, V and Q inside the loop and lets autograd keep everything, as the
-published code does (PR 1166, section 8). Each side runs in a process of its own on the same weights and inputs, after a
-warm-up; peak memory is the largest resident size above what the process held once its inputs were made. The benchmark
-fails when outputs or gradients differ by more than 1e-5 of their scale. The last lines are the ratios; that of CPU time
-is the steadier one on a machine that does other work.
+The plain loop is that of ``golfbook.plain.ttt_linear``: it cuts each mini-batch out of K, V and Q inside the loop and
+lets autograd keep everything, as the published code does (PR 1166, section 8). Each side runs in a process of its own
+on the same weights and inputs, after a warm-up; peak memory is the largest resident size above what the process held
+once its inputs were made. The benchmark fails when outputs or gradients differ by more than 1e-5 of their scale. The
+last lines are the ratios; that of CPU time is the steadier one on a machine that does other work.
 """
 
 from __future__ import annotations
@@ -26,44 +26,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from golfbook.config.architecture import TTTLinearConfig
 from golfbook.config.load import load_config
 from golfbook.model.refiners import TTTLinear
+from golfbook.plain import ttt_linear
 from golfbook.train import choices
 
 TOLERANCE = 1e-5
-EPS = 1e-6
 
 
 def plain_loop(module: TTTLinear, x: Tensor) -> Tensor:
-    """The published inner loop, one mini-batch after the other, from its formulae; (B, T, D) to (B, T, D)."""
-    batch, time_, dim = x.shape
-    heads, width, size, eta = module.heads, module.width, module.mini_batch, module.eta
-
-    def split(linear: torch.nn.Linear) -> Tensor:
-        return linear(x).view(batch, time_, heads, width).transpose(1, 2)
-
-    keys, values, queries = split(module.theta_K), split(module.theta_V), split(module.theta_Q)
-    gamma, delta = module.ttt_ln_w[:, None], module.ttt_ln_b[:, None]
-    weight = module.W1.expand(batch, -1, -1, -1)
-    bias = module.b1.expand(batch, -1, -1, -1)
-    lower = torch.ones(size, size, dtype=x.dtype, device=x.device).tril()
-    outputs = []
-    for m in range(time_ // size):
-        k, v, q = (t[:, :, m * size : (m + 1) * size] for t in (keys, values, queries))
-        z = k @ weight + bias
-        std = (z.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
-        normed = (z - z.mean(-1, keepdim=True)) / std
-        p = gamma * (gamma * normed + delta - (v - k))
-        inner = width * p - p.sum(-1, keepdim=True) - normed * (p * normed).sum(-1, keepdim=True)
-        gradient = inner / (width * std)
-        mixed = q @ weight - (eta * (q @ k.mT).tril()) @ gradient + bias - eta * (lower @ gradient)
-        spread = (mixed.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
-        outputs.append(q + gamma * (mixed - mixed.mean(-1, keepdim=True)) / spread + delta)
-        weight = weight - (eta * k.mT) @ gradient
-        bias = bias - eta * gradient.sum(2, keepdim=True)
-    joined = torch.cat(outputs, dim=2).transpose(1, 2).reshape(batch, -1, dim)
-    refined = torch.sigmoid(module.gate) * module.o_proj(module.post_norm(joined))
-    return torch.nn.functional.pad(refined, (0, 0, 0, time_ - refined.size(1)))
+    """The plain refiner with the weights of ``module``; (B, T, D) to (B, T, D)."""
+    settings = TTTLinearConfig(num_heads=module.heads, mini_batch=module.mini_batch, base_lr=module.eta * module.width)
+    return ttt_linear.refine(dict(module.named_parameters()), x, settings)
 
 
 def make(options: argparse.Namespace) -> tuple[TTTLinear, Tensor, Tensor]:
@@ -122,10 +97,10 @@ def main() -> None:
     parser.add_argument("--side", choices=("scan", "loop"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    print(choices.title(torch.device("cpu")))
     if options.side:
         measure(options.side, options, options.folder)
         return
+    print(choices.title(torch.device("cpu")))
     print(
         f"TTT-Linear, forward + backward, float32, {options.rows} x {options.length} tokens, width {options.width}, "
         f"{options.heads} heads, {options.threads} thread(s), median of {options.repeats}"

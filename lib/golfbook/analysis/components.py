@@ -63,7 +63,10 @@ def summary(config: Config) -> dict[str, dict[str, float]]:
 
 
 def component_costs(preset: str = "pr1166_11l_base") -> pd.DataFrame:
-    """What each component adds to the published plain stack: parameters, operations and activation bytes a token."""
+    """Return what each component adds: parameters, operations and activation bytes a token.
+
+    It is added to the published plain stack, or, where that has it already, to the stack without it.
+    """
     config = load_config(preset)
     length, rows = config.train.sequence_length, []
     for label, (settings, present) in COMPONENTS.items():
@@ -74,6 +77,7 @@ def component_costs(preset: str = "pr1166_11l_base") -> pd.DataFrame:
         rows.append(
             {
                 "component": label,
+                "in the plain stack": "yes" if present else "",
                 "switch": ", ".join(settings),
                 "parameters": parameter_table(with_it)["total"] - parameter_table(without)["total"],
                 "forward, kFLOP a token": (work[1].inference - work[0].inference) / 1e3,

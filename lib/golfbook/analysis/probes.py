@@ -9,25 +9,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from golfbook.config.schema import ModelConfig
+from golfbook.config.architecture import ModelConfig
 from golfbook.model.attention import causal_attention
 from golfbook.model.gpt import GPT
-from golfbook.model.kernels import remove_own_value
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one attention did with one sequence: weights (H, T, T), cosines (T * H,) with the token's own value.
+    """What one attention did with one sequence: its weights (H, T, T), and cosines of its output.
 
-    ``before`` is its output, ``after`` what the layer passes on; ``value_rms`` the root mean square of its values.
+    ``own`` (T * H,) are those with the token's own value. ``other`` is the control: with the value of a random earlier
+    token that is another piece, at the positions that have one. ``value_rms`` is the root mean square of its values.
     """
 
     weights: np.ndarray
-    before: np.ndarray
-    after: np.ndarray
+    own: np.ndarray
+    other: np.ndarray
     value_rms: float
 
 
@@ -47,29 +48,32 @@ class _Recorder(TorchFunctionMode):
 
 @torch.no_grad()
 def look_inside(model: GPT, tokens: Tensor) -> list[Look]:
-    """Attention of each layer (its first pass) on one sequence of ids (T,) int64; nothing about the model changes."""
+    """Return the attention of each layer (its first pass) on one sequence of ids (T,) int64.
+
+    The tokens of the control are drawn from a fixed seed; nothing about the model changes.
+    """
     with _Recorder() as recorder:
         model(tokens[None])
     config, found, at = model.config, [], 0
     for layer in range(config.num_layers):
-        found.append(_look(config, layer, *recorder.calls[at]))
+        found.append(_look(config, tokens, *recorder.calls[at]))
         at += 1 + (config.recurrent_layers.count(layer) if config.recurrence_place == "in_place" else 0)
     return found
 
 
-def _look(model: ModelConfig, layer: int, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> Look:
+def _look(model: ModelConfig, tokens: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> Look:
     group = model.num_heads // model.num_kv_heads
     length = q.size(-2)
     scores = (q @ k.repeat_interleave(group, 1).mT) / q.size(-1) ** 0.5
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    outputs, values = y.transpose(1, 2), v.transpose(1, 2)
-    passed = remove_own_value(outputs, values) if layer in model.xsa_layers else outputs
-    own = values.repeat_interleave(group, 2)
-    scale = outputs.norm(dim=-1) * own.norm(dim=-1)
-    before, after = ((x * own).sum(-1) / scale.clamp_min(1e-12) for x in (outputs, passed))
-    rms = float(values.square().mean().sqrt())
-    return Look(weights[0].numpy(), before.flatten().numpy(), after.flatten().numpy(), rms)
+    outputs, own = y[0], v[0].repeat_interleave(group, 0)  # (H, T, d)
+    others = ((tokens[:, None] != tokens) & ~hidden).double()  # (T, T): earlier tokens that are another piece
+    some = others.any(1)
+    drawn = torch.multinomial(others[some], 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    mine, other = F.cosine_similarity(outputs, own, -1), F.cosine_similarity(outputs[:, some], own[:, drawn], -1)
+    rms = float(v.square().mean().sqrt())
+    return Look(weights[0].numpy(), mine.flatten().numpy(), other.flatten().numpy(), rms)
 
 
 @torch.no_grad()
@@ -85,13 +89,13 @@ def gate_values(model: GPT) -> dict[str, np.ndarray]:
         return torch.cat(parts) if parts else None
 
     mixes = [value for name, value in state.items() if name.endswith("resid_mix")]
-    found["residual mix: stream"] = torch.cat([m[0] for m in mixes])
-    found["residual mix: embedding"] = torch.cat([m[1] for m in mixes])
+    found["residual mix r0 (stream)"] = torch.cat([m[0] for m in mixes])
+    found["residual mix r1 (embedding)"] = torch.cat([m[1] for m in mixes])
     for label, part in (
-        ("attention scale", "attn_scale"),
-        ("MLP scale", "mlp_scale"),
+        ("attention scale α", "attn_scale"),
+        ("MLP scale β", "mlp_scale"),
         ("query gain", "q_gain"),
-        ("skip weights", "skip_weights"),
+        ("skip weights w", "skip_weights"),
         ("value residual", "vr_lambda"),
         ("value embedding scales", "ve_layer_scales."),
     ):

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from golfbook.compress.quantizer import stored_as
-from golfbook.config.schema import ModelConfig, QuantizeConfig
+from golfbook.config.architecture import ModelConfig
+from golfbook.config.schema import QuantizeConfig
 from golfbook.config.tables import CODERS, QUANTIZERS
 from golfbook.model.gpt import GPT, exported, model_facts
 

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from golfbook.compress.coders import Coder
 from golfbook.compress.quantizer import QuantizedTensor, dequantize
-from golfbook.config.schema import ModelConfig, QuantizeConfig
+from golfbook.config.architecture import ModelConfig
+from golfbook.config.schema import QuantizeConfig
 from golfbook.config.tables import CODERS, named
 from golfbook.data.tokenizer import Tokenizer
 from golfbook.errors import ArtifactError

@@ -19,12 +19,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from golfbook.config.schema import LARGEST, Config
+from golfbook.config.schema import Config
+from golfbook.config.section import LARGEST
 from golfbook.errors import ConfigError, DataError, nearest
 from golfbook.files import decode_text, resolve
 
 PARAMETERS: dict[str, type | tuple[type, ...]] = {  # of the notebooks, as papermill may give them
-    **dict.fromkeys(("scale", "study", "variant", "run_dir", "reference"), str),
+    **dict.fromkeys(("scale", "study", "variant", "run_dir", "reference", "challenge"), str),
     **dict.fromkeys(("sample_tokens", "look_tokens", "sample_documents"), int),
     "overrides": (Mapping, type(None)),
     "vocabularies": list,

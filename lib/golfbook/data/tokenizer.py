@@ -116,6 +116,10 @@ class Tokenizer:
                 )
         return [str(text) for text in self._processor.decode(lists)] if lists else []
 
+    def decode_documents(self, tokens: Array, most: int | None = None) -> list[str]:
+        """Return the text of the documents that BOS tokens begin in a stream, of the first ``most`` or all of them."""
+        return self.decode_batch(np.split(tokens, np.flatnonzero(tokens == self.bos_id))[1:][:most])
+
     def differences(self, text: str, decoded: str) -> list[tuple[str, str]]:
         """Pieces of ``text`` that are something else in ``decoded``, which its tokens decode to; in order, no more.
 
@@ -173,7 +177,7 @@ class Tokenizer:
         first = np.flatnonzero(space)
         # A model without dummy prefix and whitespace removal keeps the space a document begins with: no boundary then.
         probe = next((int(i) for i in first if base[i] > 0), None)
-        if probe is not None and self.decode([self.bos_id, probe]).startswith(" "):
+        if probe is not None and len(self.decode([self.bos_id, probe]).encode()) > base[probe]:
             boundary[:] = False
         return ByteTable(base, space, boundary)
 
@@ -324,11 +328,14 @@ def _culprit(tokenizer: Tokenizer, ids: Array) -> str:
     return ""
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, destination: str | Path) -> Path:
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, destination: str | Path, *, dummy_prefix: bool = False
+) -> Path:
     """Train a SentencePiece BPE model on ``documents`` and write it to ``destination``; the same input, the same file.
 
     Byte fallback, no normalisation, no whitespace removal: every text decodes to itself (U+2581 apart, which
     SentencePiece reads as a space). Line ends are byte pieces. pad, bos, eos, unk are 0, 1, 2, 3, as in the challenge.
+    ``dummy_prefix`` is SentencePiece's own default: a space is put before each document, and decoding swallows it.
     Raises :class:`DataError` when the documents are too few for ``vocab_size``, or ``vocab_size`` too small.
     """
     model = io.BytesIO()
@@ -345,7 +352,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, destination: str 
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
+            add_dummy_prefix=dummy_prefix,
             allow_whitespace_only_pieces=True,
             pad_id=0,
             bos_id=1,

@@ -139,7 +139,7 @@ def score_windows(
     chunk = max(1, HEAD_LOGITS // model.config.vocab_size)
     nll = torch.empty(int((windows.stop - windows.first).sum()), dtype=torch.float32, device=place)
     filled = 0
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for low in range(0, total, rows):
             high = min(low + rows, total)
             starts = np.zeros(rows, dtype=np.int64)
@@ -221,7 +221,8 @@ def _check_plan(targets: int, window: int, stride: int) -> None:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode and give each of its modules its own mode back in the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

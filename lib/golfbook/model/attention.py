@@ -80,7 +80,7 @@ def require(backend: Backend, device: torch.device, dtype: torch.dtype, *, train
     """Raise :class:`RunError` with the reason where :func:`why_not` has one."""
     reason = why_not(backend, device, dtype, training=training)
     if reason:
-        raise RunError(f"train.attention '{backend}' cannot run here: {reason}; use 'auto'")
+        raise RunError(f"machine.attention '{backend}' cannot run here: {reason}; use 'auto'")
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from golfbook.config.schema import ModelConfig
+from golfbook.config.architecture import ModelConfig
 from golfbook.model.attention import causal_attention
 from golfbook.model.component import Component
 from golfbook.model.gpt import GPT, exported

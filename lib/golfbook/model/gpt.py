@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from golfbook.compute import Backend
-from golfbook.config.schema import ModelConfig
+from golfbook.config.architecture import ModelConfig
 from golfbook.model.component import ZERO, Component, Facts, Work, facts_of, normal, product
 from golfbook.model.cross_entropy import softcapped_cross_entropy
 from golfbook.model.kernels import add_scaled, rms_norm

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golfbook.compute import Backend
-from golfbook.config.schema import ModelConfig
+from golfbook.config.architecture import ModelConfig
 from golfbook.model.attention import causal_attention
 from golfbook.model.component import ZERO, Component, Draw, Facts, Work, constant, normal, orthogonal, product
 from golfbook.model.kernels import add_scaled, mix, normed_heads, remove_own_value, rms_norm, squared_leaky_relu
@@ -32,22 +32,32 @@ def table(draw: Draw) -> Facts:
     return Facts("embed", draw=draw, dtype=torch.bfloat16)
 
 
+def rope_frequencies(
+    length: int, dims: int, base: float, train_length: int, device: torch.device | None = None
+) -> Tensor:
+    """Return the angle a position of each rotated pair in an input of ``length`` tokens, (dims/2,) float32.
+
+    Beyond ``train_length`` the base grows to ``base * (length/train_length)^(dims/(dims-2))`` (NTK rule, PR 1166
+    section 5).
+    """
+    if length > train_length:
+        base = base * (length / train_length) ** (dims / (dims - 2))
+    exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
+    return torch.pow(base, -exponents)
+
+
 @functools.lru_cache(maxsize=16)
 def rope_tables(
     positions: int, dims: int, base: float, train_length: int, device: torch.device, length: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, each (positions, dims/2) float32.
+    """Return cosines and sines of the rotary angles, each (positions, dims/2) float32.
 
-    Beyond a ``length`` (0: the positions) of ``train_length`` the base grows to ``base *
-    (length/train_length)^(dims/(dims-2))`` (NTK rule, PR 1166 section 5). Computed in float32 at any length; the
-    published code rounds short tables to bfloat16 by accident.
+    The frequencies are those of an input of ``length`` tokens (0: the positions). Computed in float32 at any length;
+    the published code rounds short tables to bfloat16 by accident.
     """
-    length = length or positions
-    if length > train_length:
-        base = base * (length / train_length) ** (dims / (dims - 2))
     with torch.inference_mode(False):  # tables made while scoring must stay usable by autograd
-        exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
-        angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), base**-exponents)
+        frequencies = rope_frequencies(length or positions, dims, base, train_length, device)
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), frequencies)
         return angles.cos(), angles.sin()
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from golfbook.config.schema import ModelConfig, MTPConfig
+from golfbook.config.architecture import ModelConfig, MTPConfig
 from golfbook.model.component import ZERO, Component, Draw, Facts, Work, normal, orthogonal, product
 from golfbook.model.cross_entropy import softcapped_cross_entropy
 from golfbook.model.ttt_scan import LN_EPS, ttt_scan

@@ -1,9 +1,11 @@
-"""The panel to build a model from components, and what the pictures of attention and gates are drawn from."""
+"""Panels of architectures: guess what a component does, and build a model from components."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+import pandas as pd
 
 from golfbook.analysis.components import summary
 from golfbook.config.load import load_config
@@ -13,6 +15,19 @@ from golfbook.plots import architecture as architecture_plots
 from golfbook.plots.style import Picture
 
 RECURRENCE = {"none": "none", "middle two, after": "after", "middle two, in place": "in_place"}
+
+
+def guess(effects: pd.DataFrame) -> Panel:
+    """Guess what each switch of :func:`golfbook.analysis.comparisons.switch_effects` does to the score, then see it."""
+    rows = {str(row["variant"]): row for row in effects.to_dict("records")}
+    reach = 1.1 * float(effects[["low", "high"]].abs().max().max())
+
+    def draw(switch: str, guessed: str) -> Picture:
+        return architecture_plots.guess(rows[switch], guessed, reach)
+
+    answers = {"(choose)": "", **{name: name for name in ("better", "worse", "no difference")}}
+    names = {name: name for name in rows}
+    return Panel(draw, {"switch": Choice("switch", next(iter(names)), names), "guessed": Choice("it is", "", answers)})
 
 
 def build(preset: str) -> Panel:

@@ -197,6 +197,7 @@ def _field(control: Control) -> Any:
             description=control.label,
             continuous_update=False,
             style=style,
+            layout=ipywidgets.Layout(width=f"{300 + 7 * len(control.label)}px"),  # a long label leaves room to slide
             **({} if whole else {"readout_format": ".4f"}),
         )
     if isinstance(control, Choice):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +12,6 @@ from golfbook.panels.base import display_widget, image_layout, interactive, png_
 from golfbook.plots import schedules, style
 from golfbook.plots.style import Picture
 from golfbook.run import Run
-
-if TYPE_CHECKING:
-    pass
-
 
 REDRAW_SECONDS = 1.0
 

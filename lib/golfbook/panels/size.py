@@ -42,7 +42,11 @@ def bits_and_clip(weight: Tensor, name: str, *, bits: int = 6) -> Panel:
     return guessing(Panel(draw, controls), Slider("my guess: bits needed", 0.0, 0.0, 8.0, 0.1), needed)
 
 
-def bits_choice(table: pd.DataFrame, *, bits: int = 6) -> Panel:
-    """Move through a table of whole models with 3, 4, ... bits: error, artifact bytes and score."""
+def bits_choice(table: pd.DataFrame, *, bits: int = 6, lost: float = 0.01) -> Panel:
+    """Move through whole models with 3, 4, ... bits: bytes and score; guess the fewest that lose < ``lost``."""
     low, high = int(table["bits"].min()), int(table["bits"].max())
-    return Panel(lambda bits: size_plots.bits_choice(table, int(bits)), {"bits": Slider("bits", bits, low, high)})
+    best = float(table.loc[table["bits"] == high, "val_bpb"].iloc[0])
+    enough = float(table.loc[table["val_bpb"] < best + lost, "bits"].min())
+    panel = Panel(lambda bits: size_plots.bits_choice(table, int(bits)), {"bits": Slider("bits", bits, low, high)})
+    question = Slider(f"my guess: bits that lose < {lost:g}", low - 1, low - 1, high)
+    return guessing(panel, question, lambda bits: enough)

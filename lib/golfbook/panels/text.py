@@ -1,11 +1,14 @@
-"""Panels of text: pieces and bytes of a typed text, what it costs a model, and which window scores what."""
+"""Panels of text: pieces and bytes of a typed text, what it costs a model, which window scores what, and guesses."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from golfbook.evaluate import scoring
-from golfbook.panels.base import Choice, Panel, Slider, Text, guessing
+from golfbook.panels.base import Choice, Panel, Slider, Text, guessing, interactive
 from golfbook.plots import text as text_plots
 from golfbook.plots.style import Picture
 
@@ -36,6 +39,19 @@ def losses(model: GPT, tokenizer: Tokenizer, text: str) -> Panel:
         return text_plots.tokens(pieces, sizes, nats.tolist())
 
     return Panel(draw, {"text": Text("text", text)}, height=320)
+
+
+def ladder(values: Mapping[str, float], *, unit: str, title: str, number: str = "{:,.0f}") -> Panel:
+    """Guess the last of ``values`` before its bar is drawn; where nobody can guess, the picture shows it."""
+    *known, last = values.values()
+    step = 10.0 ** (len(f"{max(known):.0f}") - 3)  # three digits are enough for a guess
+
+    def draw(guess: float) -> Picture:
+        shown = guess > 0 or not interactive()
+        return text_plots.ladder(values, unit=unit, title=title, number=number, guess=guess or None, shown=shown)
+
+    high = float(np.ceil(max(*known, last) / step) * step)
+    return Panel(draw, {"guess": Slider(f"my guess ({unit})", 0, 0, high, step)})
 
 
 def windows(targets: int, window: int, stride: int = 0) -> Panel:

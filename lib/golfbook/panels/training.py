@@ -1,20 +1,17 @@
-"""What a study of training found, cut into comparisons, and the panels of the training notebook.
-
-Tables of results are those of :func:`golfbook.study.results.reference_tables`: a row a run, with a column for every
-setting in which runs differ (``train.matrix_lr``). Comparisons are chosen by these settings and not by the names of
-variants, so further rates, warmdowns or batch sizes may join the job; the variant all are compared with is ``base``.
-"""
+"""Panels of training: the steps of Newton-Schulz, sweeps of learning rates and batch sizes, published trajectories."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from golfbook.analysis.comparisons import best_rates, by_batch_size, by_learning_rate, direction_sizes
-from golfbook.panels.base import Choice, Panel, Slider, Switch
+from golfbook.analysis.optimizers import Valley, direction_sizes
+from golfbook.panels.base import Choice, Panel, Slider, Switch, interactive
+from golfbook.plots import optimizers as optimizer_plots
 from golfbook.plots import training as training_plots
 from golfbook.plots.style import Picture
 from golfbook.train import muon
@@ -22,6 +19,32 @@ from golfbook.train import muon
 COEFFICIENTS: dict[str, muon.Coefficients] = {"quintic (published)": "quintic", "Polar Express": "polar_express"}
 MOVES = (0.25, 0.5, 0.75)  # moments within a step of the animation that are drawn besides its end
 MOST_STEPS = 8
+SHOWN_STEPS = 80  # of a path down the valley
+
+
+def momentum() -> Panel:
+    """Look for the rate and momentum that come down a valley in the fewest steps, then see how all others do."""
+    valley = Valley()
+    rates, momenta = np.linspace(0.001, 0.07, 70), np.linspace(0, 0.95, 39)
+    steps = valley.arrival(rates, momenta[:, None])
+
+    def draw(rate: float, momentum: float, truth: bool) -> Picture:
+        return optimizer_plots.valley(
+            valley.descend(rate, momentum, SHOWN_STEPS),
+            (valley.flat, valley.steep),
+            arrived=float(valley.arrival(rate, momentum)),
+            at=(rate, momentum),
+            tried=(rates, momenta, steps) if truth else None,
+        )
+
+    return Panel(
+        draw,
+        {
+            "rate": Slider("learning rate", 0.03, 0.001, 0.07, 0.001),
+            "momentum": Slider("momentum", 0.0, 0.0, 0.95, 0.05),
+            "truth": Switch("show all settings", not interactive()),
+        },
+    )
 
 
 def newton_schulz(matrix: Tensor, name: str, *, steps: int = 5, dtype: str = "float32") -> Panel:
@@ -30,7 +53,7 @@ def newton_schulz(matrix: Tensor, name: str, *, steps: int = 5, dtype: str = "fl
     def draw(step: int, coefficients: muon.Coefficients, row_norm: bool, dtype: str) -> Picture:
         sizes = direction_sizes(matrix, int(step), coefficients, getattr(torch, dtype), row_norm=row_norm)
         table = muon.iteration_coefficients(max(int(step), 1), coefficients)
-        return training_plots.newton_schulz(sizes, table, step=int(step), title=f"Gradient of {name}")
+        return optimizer_plots.newton_schulz(sizes, table, step=int(step), title=f"Gradient of {name}")
 
     return Panel(
         draw,
@@ -52,34 +75,27 @@ def newton_schulz_frames(matrix: Tensor, name: str, steps: int = 5) -> tuple[lis
     moments = [0.0, *(k + part for k in range(steps) for part in (*MOVES, 1.0))]
 
     def frame(moment: float) -> Callable[[], Picture]:
-        return lambda: training_plots.newton_schulz_moment(series, moment, title=f"Gradient of {name}")
+        return lambda: optimizer_plots.newton_schulz_moment(series, moment, title=f"Gradient of {name}")
 
     return [frame(m) for m in moments], [2500 if m == steps else 900 if m.is_integer() else 220 for m in moments]
 
 
-def learning_rates(results: pd.DataFrame, curves: pd.DataFrame) -> Panel:
-    """Pick two runs of the learning-rate sweep, see their validation curves; starts at the best of each optimiser."""
-    runs = by_learning_rate(results)
-    best = best_rates(runs)
-    chosen = [
-        str(runs.loc[(runs["series"] == one["series"]) & (runs["x"] == one["rate"]), "variant"].iloc[0])
-        for one in best.to_dict("records")
-    ]
-    return _sweep_panel(
-        runs,
-        curves,
-        runs["series"] + " " + runs["x"].map("{:g}".format),
-        (chosen * 2)[:2],
-        "learning rate of the matrices",
-        10,
+def curves(results: pd.DataFrame, curves: pd.DataFrame) -> Panel:
+    """Pick two variants of a study, see their validation curves over tokens, steps or time; starts at base and best."""
+    means = results.groupby("variant", sort=False)["val_bpb"].mean()
+    names = {variant: variant for variant in means.index}
+
+    def draw(first: str, second: str, x: str) -> Picture:
+        return training_plots.curves(curves, (first, second), x=x)
+
+    return Panel(
+        draw,
+        {
+            "first": Choice("one", "base", names),
+            "second": Choice("the other", means.drop("base").idxmin(), names),
+            "x": Choice("over", "tokens_seen", {label: key for key, label in training_plots.COUNTS.items()}),
+        },
     )
-
-
-def batch_sizes(results: pd.DataFrame, curves: pd.DataFrame) -> Panel:
-    """Pick two batch sizes at equal tokens and see their validation curves over tokens, steps or time."""
-    runs, _ = by_batch_size(results)
-    largest = str(runs.sort_values("x")["variant"].iloc[-1])
-    return _sweep_panel(runs, curves, runs["label"], ["base", largest], "tokens of a step", 2)
 
 
 def trajectories(points: pd.DataFrame, events: pd.DataFrame, runs: pd.DataFrame) -> Panel:
@@ -91,23 +107,3 @@ def trajectories(points: pd.DataFrame, events: pd.DataFrame, runs: pd.DataFrame)
 
     metrics = {label: key for key, label in training_plots.METRICS.items()}
     return Panel(draw, {"metric": Choice("metric", "val_bpb", metrics), "gepa": Switch("with GEPA", False)})
-
-
-def _sweep_panel(
-    runs: pd.DataFrame, curves: pd.DataFrame, labels: pd.Series, start: Sequence[str], xlabel: str, base: float
-) -> Panel:
-    names = dict(zip(labels, runs["variant"], strict=True))
-    back = {variant: label for label, variant in names.items()}
-
-    def draw(first: str, second: str, x: str) -> Picture:
-        chosen = {back[variant]: variant for variant in (first, second)}
-        return training_plots.sweep_curves(runs, curves, chosen, xlabel=xlabel, base=base, x=x)
-
-    return Panel(
-        draw,
-        {
-            "first": Choice("one", start[0], names),
-            "second": Choice("the other", start[1], names),
-            "x": Choice("over", "tokens_seen", {label: key for key, label in training_plots.COUNTS.items()}),
-        },
-    )

@@ -6,6 +6,7 @@ Pure functions like those of :mod:`golfbook.plots.style`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from numpy.typing import ArrayLike
 
-from golfbook.config.schema import ModelConfig
+from golfbook.config.architecture import ModelConfig
 from golfbook.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, LIGHT, ORANGE, PURPLE, RED, SKY, Picture, new, styled
 
 MARKS = (("xsa_layers", "X", "exclusive self-attention"), ("value_embedding_layers", "V", "value embedding"))
@@ -102,7 +103,7 @@ def data_flow(model: ModelConfig) -> Picture:
     notes = [f"{mark}: {text}" for key, mark, text in MARKS if getattr(model, key)]
     notes += ["purple: skip, added with a weight a channel"] if model.unet_skips and half else []
     notes += ["orange: runs twice or more"] if again else []
-    notes += ["every block also mixes in the last input box"]
+    notes += ["every block also mixes in the last input box (residual mix)"]
     lowest = min(0.0, bottom, rows - 1 - (len(tail) - 1) * step) - 1.1
     half_way = -(-len(notes) // 2)
     lines = ["      ".join(notes[:half_way]), "      ".join(notes[half_way:])]
@@ -131,41 +132,53 @@ def attention(weights: ArrayLike, pieces: Sequence[str], *, layer: int) -> Pictu
 
 
 @styled
-def own_value_share(before: Sequence[ArrayLike], after: Sequence[ArrayLike], exclusive: Sequence[int]) -> Picture:
-    """Cosine of each head's output with the token's own value, by layer; ``after`` is what the layer passes on."""
+def own_value(own: Sequence[ArrayLike], other: Sequence[ArrayLike], exclusive: Sequence[int]) -> Picture:
+    """Cosine of each head's output with the token's own value, by layer, beside that with another token's value.
+
+    ``exclusive`` lists the layers that remove the part along the own value.
+    """
     figure, (axes,) = new(width=9.0, height=3.5)
-    for layer, (raw, passed) in enumerate(zip(before, after, strict=True)):
-        for offset, values, colour in ((-0.17, raw, GREY), (0.17, passed, BLUE if layer in exclusive else SKY)):
+    for layer, pair in enumerate(zip(own, other, strict=True)):
+        colours = (BLUE if layer in exclusive else SKY, GREY)
+        for offset, values, colour in zip((-0.17, 0.17), pair, colours, strict=True):
             low, middle, high = np.quantile(np.asarray(values, float), (0.1, 0.5, 0.9))
             axes.vlines(layer + offset, low, high, color=colour, linewidth=5, alpha=0.6)
             axes.plot(layer + offset, middle, "o", color=colour, markersize=6)
-    axes.plot([], [], "o", color=GREY, label="attention's output")
-    axes.plot([], [], "o", color=BLUE, label="passed on, exclusive")
-    if len(exclusive) < len(before):
-        axes.plot([], [], "o", color=SKY, label="passed on, plain layer")
+    if exclusive:
+        axes.plot([], [], "o", color=BLUE, label="own value, removed by XSA")
+    if len(exclusive) < len(own):
+        axes.plot([], [], "o", color=SKY, label="own value, plain layer")
+    axes.plot([], [], "o", color=GREY, label="control: another token's value")
     axes.axhline(0, color=BLACK, linewidth=0.8)
-    axes.set(xlabel="layer", ylabel="cosine with own value", title="Median and middle 80 % over tokens and heads")
-    axes.set_xticks(range(len(before)))
+    axes.set(xlabel="layer", ylabel="cosine with the output", title="Median and middle 80 % over tokens and heads")
+    axes.set_xticks(range(len(own)))
     axes.set_ylim(top=max(1.0, axes.get_ylim()[1]))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
 @styled
-def gates(values: Mapping[str, ArrayLike]) -> Picture:
-    """Learned gates and scales, one small histogram each; a single number is drawn as a line."""
+def gates(values: Mapping[str, ArrayLike], starts: Mapping[str, ArrayLike]) -> Picture:
+    """Learned gates and scales, one small histogram each; a single number is drawn as a line.
+
+    Dashed lines are the values they started from.
+    """
     columns = 4
     rows = -(-len(values) // columns)
     figure, all_axes = new(columns, nrows=rows, width=10.5, height=1.8 * rows + 0.3)
-    for axes, (name, given), colour in zip(all_axes, values.items(), CYCLE * 3, strict=False):
+    for axes, (name, given), colour in zip(all_axes, values.items(), CYCLE[:6] * 3, strict=False):
         one = np.asarray(given, float).ravel()
+        first = np.unique(np.asarray(starts[name], float))
         if len(one) == 1:
             axes.axvline(one[0], color=colour, linewidth=3)
-            axes.set_xlim(min(0.0, one[0] * 1.3), max(1.0, one[0] * 1.3))
+            axes.set_xlim(min(0.0, 1.5 * one[0]), 1.5 * max(one[0], *first))
+            axes.locator_params(axis="x", nbins=4)
         else:
             axes.hist(one, bins=min(30, max(8, len(one) // 4)), color=colour)
-        shown = f"{one[0]:.4f}" if len(one) == 1 else f"n = {len(one)}, mean {one.mean():.3f}"
-        axes.set_title(f"{name}\n{shown}", fontsize=9)
+        for start in first:
+            axes.axvline(start, color=BLACK, linewidth=1.4, linestyle="--")
+        shown = f"{one[0]:.5f}" if len(one) == 1 else f"n = {len(one)}, mean {one.mean():.3f}"
+        axes.set_title(f"{name}\n{shown}, start {' and '.join(f'{x:.3g}' for x in first)}", fontsize=9)
         axes.set_yticks([])
         axes.tick_params(labelsize=8)
     for axes in all_axes[len(values) :]:
@@ -188,7 +201,7 @@ def rope(tables: Mapping[int, ArrayLike], train_length: int) -> Picture:
         filled = uses > 0
         centre, mean = (np.bincount(group, x)[filled] / uses[filled] for x in (distance, cosine))
         right.plot(centre, mean, color=colour)
-    left.axhline(train_length, color=GREY, linestyle="--", linewidth=1.0)
+    left.axhline(train_length, color=GREY, linestyle="--", linewidth=1.0, label=f"reference length {train_length}")
     left.set(
         yscale="log", xlabel="rotated pair", ylabel="tokens for a full turn", title="Slow pairs tell far distances"
     )
@@ -224,7 +237,30 @@ def collisions(pairs_in_row: ArrayLike, weight_in_row: ArrayLike) -> Picture:
 
 
 @styled
-def effects(table: pd.DataFrame, *, unit: str = "bits per byte") -> Picture:
+def guess(row: Mapping[Any, Any], guessed: str, reach: float) -> Picture:
+    """The effect of one switch, with its interval, over the side that was guessed; hidden while nothing is guessed.
+
+    ``row`` has ``variant``, ``mean``, ``low``, ``high``; ``guessed`` is "better", "worse", "no difference" or empty.
+    """
+    figure, (axes,) = new(width=9.0, height=1.9)
+    axes.axvline(0, color=BLACK, linewidth=0.9)
+    sides = {"better": (-reach, 0, GREEN), "worse": (0, reach, RED), "no difference": (-reach / 8, reach / 8, GREY)}
+    title = f"{row['variant']}: guess first"
+    if guessed:
+        left, right, colour = sides[guessed]
+        axes.axvspan(left, right, color=colour, alpha=0.2, linewidth=0)
+        axes.plot([row["low"], row["high"]], [0, 0], color=BLACK, linewidth=2.5, alpha=0.7)
+        axes.plot(row["mean"], 0, "o", color=BLACK, markersize=7)
+        truth = "better" if row["high"] < 0 else "worse" if row["low"] > 0 else "no difference"
+        verdict = "as you guessed" if truth == guessed else f"you guessed '{guessed}'"
+        title = f"{row['variant']}: {truth}, {verdict}"
+    axes.set(xlim=(-reach, reach), yticks=[], title=title)
+    axes.set_xlabel("difference from the base model in bits per byte, 95 % interval over paired seeds")
+    return figure
+
+
+@styled
+def effects(table: pd.DataFrame) -> Picture:
     """Paired differences from the base model with their intervals; negative is better.
 
     ``table`` has the columns ``variant``, ``mean``, ``low``, ``high``, ``n`` and a row a switch.
@@ -240,7 +276,7 @@ def effects(table: pd.DataFrame, *, unit: str = "bits per byte") -> Picture:
     reach = max(float(rows[["low", "high"]].abs().max().max()) * 1.15, 1e-3)
     axes.set_xlim(-reach, reach)
     axes.set(
-        xlabel=f"difference from the base model in {unit}, 95 % interval over paired seeds",
+        xlabel="difference from the base model in bits per byte, 95 % interval over paired seeds",
         title="Left: better than the base model.  Grey: not to be told from zero",
     )
     axes.grid(axis="y", visible=False)

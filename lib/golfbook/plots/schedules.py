@@ -99,7 +99,7 @@ def schedule(train: TrainConfig, step_seconds: float | None = None) -> Picture:
         )
         clock.set_xlabel("training time (s)")
     mu = table["muon_momentum"]
-    if train.matrix_optimizer == "muon":
+    if train.optimizer.matrix_optimizer == "muon":
         momentum.plot(steps, mu, color=BLUE, marker="o" if len(steps) < 3 else None)
         momentum.set_title(f"Muon momentum {mu[0]:.3g} to {mu[-1]:.3g}", fontsize=11)
         momentum.set(ylabel="momentum", ylim=(min(mu) - 0.02, 1.0))
@@ -120,24 +120,30 @@ def _draw_rate(axes: Axes, train: TrainConfig, table: Mapping[str, np.ndarray]) 
     steps, scale = table["step"], table["lr_scale"]
     axes.plot(steps, scale, color=ORANGE, marker="o" if len(steps) < 3 else None, label="learning-rate scale")
     axes.fill_between(steps, scale, color=ORANGE, alpha=0.15, linewidth=0)
-    if train.lr_warmup_steps:
-        axes.axvspan(0, min(train.lr_warmup_steps, len(steps)), color=SKY, alpha=0.25, linewidth=0, label="warm-up")
-    falling = np.flatnonzero((scale < 1) & (steps >= train.lr_warmup_steps))
+    if train.schedule.lr_warmup_steps:
+        axes.axvspan(
+            0, min(train.schedule.lr_warmup_steps, len(steps)), color=SKY, alpha=0.25, linewidth=0, label="warm-up"
+        )
+    falling = np.flatnonzero((scale < 1) & (steps >= train.schedule.lr_warmup_steps))
     if len(falling):
         start = max(int(falling[0]) - 1, 0)  # the last step at the full rate: the warmdown's share left is just 1
-        label = f"{train.warmdown_shape} warmdown from step {start}"
+        label = f"{train.schedule.warmdown_shape} warmdown from step {start}"
         axes.axvline(start, color=BLACK, linewidth=1.2, linestyle="--", label=label)
-    if train.min_lr_scale and len(falling):
-        label = f"ends at {train.min_lr_scale:g} of the base rates"
-        axes.axhline(train.min_lr_scale, color=GREY, linewidth=1.2, linestyle=":", label=label)
-    if train.averaging in ("swa", "swa_of_ema"):
+    if train.schedule.min_lr_scale and len(falling):
+        label = f"ends at {train.schedule.min_lr_scale:g} of the base rates"
+        axes.axhline(train.schedule.min_lr_scale, color=GREY, linewidth=1.2, linestyle=":", label=label)
+    if train.averaging.method in ("swa", "swa_of_ema"):
         taken = steps[table["snapshot"]]
-        label = f"{len(taken)} SWA snapshots below {train.swa_start:g}" if len(taken) else "SWA: no snapshot is taken"
+        label = (
+            f"{len(taken)} SWA snapshots below {train.averaging.swa_start:g}"
+            if len(taken)
+            else "SWA: no snapshot is taken"
+        )
         axes.plot(taken, scale[table["snapshot"]], "D", color=GREEN, markersize=4.5, label=label)
-    if train.qat_start:
+    if train.qat.start:
         on = steps[table["qat"]]
         label = (
-            f"fake-quantised below {train.qat_start:g}: from step {on[0]}"
+            f"fake-quantised below {train.qat.start:g}: from step {on[0]}"
             if len(on)
             else "fake quantisation never starts"
         )
@@ -161,13 +167,13 @@ def _draw_average(axes: Axes, train: TrainConfig, table: Mapping[str, np.ndarray
     axes.plot(table["step"][where], weight[where], color=GREEN, **style)
     kind = {
         "none": "No average: the last weights",
-        "ema": f"EMA, decay {train.ema_decay:g}",
+        "ema": f"EMA, decay {train.averaging.ema_decay:g}",
         "swa": "SWA",
-        "swa_of_ema": f"SWA of EMA, decay {train.ema_decay:g}",
-    }[train.averaging]
-    if train.averaging in ("ema", "swa_of_ema"):
+        "swa_of_ema": f"SWA of EMA, decay {train.averaging.ema_decay:g}",
+    }[train.averaging.method]
+    if train.averaging.method in ("ema", "swa_of_ema"):
         kind += f"\n{f'{start:.1%}' if start >= 0.0005 else 'under 0.1%'} is initial weights"
-    elif train.averaging == "swa":
+    elif train.averaging.method == "swa":
         count = int(table["snapshot"].sum())
         kind += f" of {count} snapshots" if count else " without a snapshot: the last weights"
     axes.set_title(kind, fontsize=11)

@@ -18,11 +18,26 @@ from golfbook.analysis.sizes import entropy_bits, relative_error
 from golfbook.analysis.statistics import describe
 from golfbook.plots.style import BLUE, CYCLE, GREEN, GREY, LIGHT, ORANGE, RED, SKY, Picture, new, styled
 
+GROUPS = {  # what the first parts of the names of a model's tensors stand for
+    "tok_emb": "token embedding",
+    "blocks.attn": "attention",
+    "blocks.mlp": "MLPs",
+    "blocks.scales": "scales and gates",
+    "bigram": "hashed token pairs",
+    "ve_shared": "value embedding",
+    "ve_layer_scales": "scales of the value embedding",
+    "skip_weights": "skips",
+    "smear": "smear gate",
+    "ttt_refiner": "TTT-Linear",
+    "flow_refiner": "FlowRefiner",
+    "mtp_heads": "heads of multi-token prediction",
+}
+
 
 @styled
 def parameters(counts: Mapping[str, int], *, title: str = "") -> Picture:
-    """Parameters by group as horizontal bars, largest first."""
-    rows = sorted(counts.items(), key=lambda item: -item[1])
+    """Draw parameters by group as horizontal bars, largest first."""
+    rows = sorted(((GROUPS.get(name, name), n) for name, n in counts.items()), key=lambda item: -item[1])
     total = sum(counts.values())
     figure, (axes,) = new(width=8.0, height=0.9 + 0.34 * len(rows))
     bars = axes.barh([name for name, _ in rows], [n for _, n in rows], color=SKY)
@@ -112,27 +127,25 @@ def bits_curve(table: pd.DataFrame) -> Picture:
 
 @styled
 def bits_choice(table: pd.DataFrame, chosen: int) -> Picture:
-    """Error, artifact size and score of whole models with matrices of 3, 4, ... bits; the ``chosen`` one in colour.
+    """Draw artifact size and score of whole models with matrices of 3, 4, ... bits, the ``chosen`` one in colour.
 
-    ``table`` has the columns ``bits``, ``error`` (of RMS), ``artifact_bytes`` and ``val_bpb``.
+    ``table`` has the columns ``bits``, ``artifact_bytes`` and ``val_bpb``.
     """
     rows = table.sort_values("bits")
     one = rows[rows["bits"] == chosen].iloc[0]
-    figure, axes = new(3, width=10.0, height=3.5)
+    figure, (left, right) = new(2, width=9.0, height=3.6)
     colours = [BLUE if b == chosen else LIGHT for b in rows["bits"]]
-    for axis, values, label, text in (
-        (axes[0], rows["error"] * 100, "error of the weights (% of RMS)", "{:.1f}"),
-        (axes[1], rows["artifact_bytes"] / 1000, "artifact (thousand bytes)", "{:.0f}"),
-        (axes[2], rows["val_bpb"], "bits per byte, reloaded", "{:.3f}"),
-    ):
-        if axis is axes[2]:  # dots: this axis does not begin at zero, so bars would exaggerate
-            axis.scatter(rows["bits"], values, color=colours, edgecolors=BLUE, s=60, zorder=3)
-        else:
-            axis.bar(rows["bits"], values, color=colours)
-        for bits, value in zip(rows["bits"], values, strict=True):
-            axis.annotate(text.format(value), (bits, value), (0, 5), textcoords="offset points", ha="center", size=8.5)
-        axis.set(xlabel="bits of a matrix weight", ylabel=label, xticks=list(rows["bits"]))
-        axis.margins(y=0.15)
+    bars = left.bar(rows["bits"], rows["artifact_bytes"] / 1000, color=colours)
+    left.bar_label(bars, [f"{size / 1000:.0f}" for size in rows["artifact_bytes"]], padding=2, fontsize=9)
+    # dots: this axis does not begin at zero, so bars would exaggerate
+    right.scatter(rows["bits"], rows["val_bpb"], color=colours, edgecolors=BLUE, s=60, zorder=3)
+    for bits, score in zip(rows["bits"], rows["val_bpb"], strict=True):
+        right.annotate(f"{score:.3f}", (bits, score), (0, 6), textcoords="offset points", ha="center", fontsize=9)
+    left.set(ylabel="artifact (thousand bytes)")
+    right.set(ylabel="bits per byte, reloaded")
+    for axes in (left, right):
+        axes.set(xlabel="bits of a matrix weight", xticks=list(rows["bits"]))
+        axes.margins(x=0.08, y=0.15)
     figure.suptitle(
         f"{chosen} bits: artifact of {one['artifact_bytes']:,.0f} bytes, {one['val_bpb']:.3f} bits per byte",
         x=0.01,

@@ -6,7 +6,7 @@ Pure functions like those of :mod:`golfbook.plots.style`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -132,6 +132,34 @@ def tokens(
     elif size:
         text += f"; below each token its nats; together {sum(nats) / np.log(2) / size:.2f} bits per byte"
     axes.set_title(f"{title}: {text}" if title else text)
+    return figure
+
+
+@styled
+def ladder(
+    values: Mapping[str, float],
+    *,
+    unit: str,
+    title: str,
+    number: str = "{:,.0f}",
+    guess: float | None = None,
+    shown: bool = True,
+) -> Picture:
+    """Draw one bar a rung, top to bottom, with ``guess`` as a line; the last rung stays empty unless ``shown``."""
+    names, lengths = list(values), [*values.values()]
+    figure, (axes,) = new(width=9.0, height=0.9 + 0.45 * len(names))
+    drawn = lengths if shown else [*lengths[:-1], 0.0]
+    bars = axes.barh(names, drawn, color=[*[SKY] * (len(names) - 1), BLUE])
+    labels = [f"{number.format(v)} ({v / max(lengths[0], 1e-9):.0%})" for v in drawn]
+    axes.bar_label(bars, labels if shown else [*labels[:-1], "?"], padding=4, fontsize=10)
+    if guess is not None:
+        axes.axvline(guess, color=RED, linestyle="--", label=f"your guess: {number.format(guess)}")
+        axes.legend(loc="lower right")
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(lengths) * 1.22)
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,g}"))
+    axes.set(xlabel=unit, title=title)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Pictures of training: published trajectories, sweeps and conditions over seeds, Newton-Schulz steps.
+"""Pictures of training: published trajectories, sweeps and conditions over seeds.
 
 Pure functions like those of :mod:`golfbook.plots.style`. Tables of results are tidy: ``sweep`` and ``conditions`` take
 one row a run, and differences one row a comparison; :mod:`golfbook.panels.training` makes both from a study.
@@ -6,26 +6,24 @@ one row a run, and differences one row a comparison; :mod:`golfbook.panels.train
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from numpy.typing import ArrayLike
 
-from golfbook.analysis.comparisons import RUN
+from golfbook.analysis.comparisons import RUN, SYSTEMS
 from golfbook.analysis.statistics import describe
-from golfbook.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, LIGHT, ORANGE, PURPLE, RED, SKY, Picture, new, styled
+from golfbook.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, ORANGE, PURPLE, RED, Picture, new, styled
 
 METRICS = {
     "val_bpb": "validation (bits per byte)",
     "val_loss": "validation loss (nats a token)",
     "train_loss": "training loss (nats a token)",
 }
-SYSTEM_COLOURS = {"S1166": BLUE, "S1170": RED, "S1232": GREEN, "S1406": PURPLE, "GEPA": GREY}
+SYSTEM_COLOURS = dict(zip(SYSTEMS, (BLUE, RED, GREEN, PURPLE, GREY), strict=True))
 COUNTS = {"tokens_seen": "trained tokens", "step": "optimiser step", "seconds": "training time (s)"}
-SMALLEST = 1e-4  # of a singular value in a picture; smaller ones lie on the edge
 
 
 @styled
@@ -76,9 +74,8 @@ def trajectories(points: pd.DataFrame, events: pd.DataFrame, runs: pd.DataFrame,
         strip.grid(axis="y", visible=False)
         curves.set_title("Against steps of 786,432 tokens" if x == "step" else "Against time, each on its own hardware")
     for name in systems:
-        who = f"PR {name[1:]}" if name != "GEPA" else "GEPA (PR 612 to 668)"
         hardware = runs.loc[(runs["system"] == name) & runs["hardware"].notna(), "hardware"]
-        label = f"{who}, {hardware.iloc[0]}, {sum(key[0] == name for key in lines)} runs"
+        label = f"{SYSTEMS[name]}, {hardware.iloc[0]}, {sum(key[0] == name for key in lines)} runs"
         figure.axes[0].plot([], [], color=SYSTEM_COLOURS[name], linewidth=2.5, label=label)
     figure.axes[0].legend(fontsize=9)
     for marker, size, label in (("", 0, "warmdown"), ("|", 11, "snapshots begin"), ("s", 5, "late-QAT switch")):
@@ -133,35 +130,28 @@ def sweep(
 
 
 @styled
-def sweep_curves(
-    scores: pd.DataFrame, curves: pd.DataFrame, chosen: Mapping[str, str], *, xlabel: str, base: float, x: str
-) -> Picture:
-    """The sweep of :func:`sweep` with some variants picked out, and the validation curves of these.
+def curves(curves: pd.DataFrame, variants: Sequence[str], *, x: str) -> Picture:
+    """Validation curves of some variants: thin a seed, thick the mean.
 
-    ``scores`` needs a column ``variant`` too. ``curves`` has ``variant``, ``seed``, ``val_bpb`` and the columns of
-    :data:`COUNTS`, one row a validation; ``chosen`` maps labels to variants, ``x`` is a key of :data:`COUNTS`.
+    ``curves`` has ``variant``, ``seed``, ``step``, ``val_bpb`` and the columns of :data:`COUNTS`, one row a validation;
+    ``x`` is a key of :data:`COUNTS`. The points before the third are cut off where they are high above the rest.
     """
-    figure, (left, right) = new(2, width=10.5, height=4.2)
-    _draw_sweep(left, scores, xlabel=xlabel, base=base, best=False)
-    tops = []
-    for (label, variant), colour in zip(chosen.items(), (BLACK, ORANGE, SKY), strict=False):
-        here = scores[scores["variant"] == variant]
-        if len(here):
-            left.plot(here["x"].iloc[0], here["val_bpb"].mean(), "o", markersize=15, mfc="none", mec=colour, mew=2.5)
+    figure, (axes,) = new(width=8.4, height=4.0)
+    low, top = np.inf, -np.inf
+    for variant, colour in zip(dict.fromkeys(variants), CYCLE, strict=False):
         mine = curves[curves["variant"] == variant]
         for _, one in mine.groupby("seed"):
-            right.plot(one[x], one["val_bpb"], color=colour, linewidth=0.8, alpha=0.5)
+            axes.plot(one[x], one["val_bpb"], color=colour, linewidth=0.8, alpha=0.5)
         mean = mine.groupby("step")[[x, "val_bpb"]].mean()
-        right.plot(mean[x], mean["val_bpb"], color=colour, marker="o", label=f"{label} (n = {mine['seed'].nunique()})")
-        tops += list(mean["val_bpb"].iloc[2:3] if len(mean) > 3 else mean["val_bpb"].iloc[:1])
-    left.set_title("Score after training")
-    right.set(xlabel=COUNTS[x], ylabel="bits per byte", title="On the way (last point: averaged weights)")
-    right.xaxis.set_major_locator(MaxNLocator(5))
-    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1e4 else f"{value:g}"))
-    if tops:
-        low = float(curves.loc[curves["variant"].isin(list(chosen.values())), "val_bpb"].min())
-        right.set_ylim(low - 0.05 * (max(tops) - low + 1e-3), max(tops) + 0.1 * (max(tops) - low + 1e-3))
-        right.legend()
+        label = f"{variant} (n = {mine['seed'].nunique()})"
+        axes.plot(mean[x], mean["val_bpb"], color=colour, marker="o", label=label)
+        low, top = min(low, mine["val_bpb"].min()), max(top, mean["val_bpb"].iloc[:3].iloc[-1])
+    margin = 0.08 * (top - low) + 1e-3
+    axes.set(xlabel=COUNTS[x], ylabel="bits per byte", title="On the way (last point: the weights handed on)")
+    axes.set_ylim(low - margin, top + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1e4 else f"{value:g}"))
+    axes.legend()
     return figure
 
 
@@ -214,88 +204,36 @@ def conditions(scores: pd.DataFrame, differences: pd.DataFrame, *, title: str, a
 
 
 @styled
-def newton_schulz(
-    sizes: ArrayLike, coefficients: Sequence[tuple[float, float, float]], *, step: int, title: str = ""
-) -> Picture:
-    """What Newton-Schulz has done to each singular direction of a gradient after ``step`` steps.
+def two_by_two(scores: pd.DataFrame, differences: pd.DataFrame, *, title: str, against: str) -> Picture:
+    """Two remedies, without, with one and with both: a line a ``group`` over the ``label``, and paired differences.
 
-    ``sizes`` (steps + 1, n) holds the size along each direction after 0, 1, ... steps, in the order of the singular
-    values; ``coefficients`` are those of the steps. Left the polynomial of the last step with what it did, right all
-    sizes.
+    ``scores`` has ``group``, ``label``, ``seed`` and ``val_bpb`` of four cells, ``differences`` is as in :func:`sweep`.
+    The first group and the first label are those without. The hollow mark is where both together would lie if what
+    each alone removes added up.
     """
-    values, floor = _floor(sizes)
-    figure, (left, right) = new(2, width=10.0, height=4.3)
-    before = values[max(step - 1, 0)]
-    _draw_map(left, coefficients[max(step - 1, 0)], floor)
-    left.scatter(before, values[step], s=16, color=BLUE, alpha=0.7, zorder=3, label="directions of the gradient")
-    left.set_title(f"Polynomial of step {max(step, 1)}" + ("" if step else " (not yet applied)"))
-    left.legend(loc="lower right", fontsize=9)
-    order = np.arange(1, values.shape[1] + 1)
-    for k in range(step):
-        colour = GREY if not k else SKY
-        right.plot(order, values[k], color=colour, linewidth=1.8 if not k else 0.9, label="gradient" if not k else None)
-    right.plot(order, values[step], color=BLUE, label=f"after {step} step{'' if step == 1 else 's'}")
-    right.axhline(1, color=RED, linestyle="--", linewidth=1.2, label="exactly orthogonal")
-    now = values[step]
-    near = float(((now > 0.7) & (now < 1.3)).mean())
-    right.set(yscale="log", ylim=(floor * 0.8, 3), xlabel="direction, largest singular value first", ylabel="size")
-    right.set_title(f"n = {len(now)}, median {np.median(now):.2g}, {near:.0%} in 0.7 to 1.3")
-    right.legend(loc="lower left", fontsize=9)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left")
+    figure, (left, right) = new(2, width=10.5, height=4.0, width_ratios=(1.2, 1))
+    labels, groups = (list(dict.fromkeys(scores[name])) for name in ("label", "group"))
+    means = scores.groupby(["group", "label"])["val_bpb"].mean()
+    for group, colour in zip(groups, (ORANGE, BLUE), strict=True):
+        mine = [scores.loc[(scores["group"] == group) & (scores["label"] == label), "val_bpb"] for label in labels]
+        found = [describe(values) for values in mine]
+        halves = np.concatenate([_half(one.low, one.high) for one in found], axis=1)
+        left.errorbar(range(len(found)), [one.mean for one in found], yerr=halves, color=colour, marker="D", capsize=4)
+        for x, values in enumerate(mine):
+            left.plot([x - 0.06] * len(values), values, "o", color=colour, alpha=0.45, markersize=6)
+        left.plot([], [], color=colour, marker="D", label=f"{group} (n = {found[0].n})")
+    first, second = (means[group] for group in groups)
+    added = first[labels[1]] + second[labels[0]] - first[labels[0]]
+    left.plot(1, added, "o", mfc="none", mec=GREY, mew=2, markersize=11, label="both, if they added up")
+    left.set_xticks(range(len(labels)), labels)
+    left.set(xlim=(-0.4, 1.4), ylabel="bits per byte", title=title)
+    left.legend(fontsize=9)
+    _draw_differences(right, differences)
+    right.set_title(against)
     return figure
 
 
-@styled
-def newton_schulz_moment(
-    series: Mapping[str, tuple[ArrayLike, Sequence[tuple[float, float, float]]]], moment: float, *, title: str = ""
-) -> Picture:
-    """One moment of Newton-Schulz in motion: a frame of the animation, a column a series.
-
-    ``series`` maps a name to sizes (steps + 1, n) and the coefficients of the steps. At a whole ``moment`` k all
-    directions lie on the diagonal at their size after k steps; in between they first rise to the polynomial of the
-    step, then move across to the diagonal, which makes the result the next step's input.
-    """
-    figure, all_axes = new(len(series), width=8.4, height=4.4)
-    for axes, (name, (sizes, coefficients)) in zip(all_axes, series.items(), strict=True):
-        values, floor = _floor(sizes)
-        step = min(int(moment), len(coefficients) - 1)
-        part = moment - step
-        before, after = np.log(values[step]), np.log(values[step + 1])
-        x = np.exp(before + (after - before) * max(0.0, 2 * part - 1))
-        y = np.exp(before + (after - before) * min(1.0, 2 * part))
-        _draw_map(axes, coefficients[step], floor)
-        axes.scatter(x, y, s=14, color=BLUE, zorder=3)
-        near = float(((y > 0.7) & (y < 1.3)).mean())
-        done = step + 1 if part >= 1 else step
-        axes.set_title(
-            f"{name}: {done} of {len(coefficients)} steps\n{near:.0%} of n = {len(y)} in 0.7 to 1.3", fontsize=11
-        )
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    return figure
-
-
-def _floor(sizes: ArrayLike) -> tuple[np.ndarray, float]:
-    """Sizes that logarithmic axes can show, and where these begin: the power of ten below the smallest at the start."""
-    values = np.abs(np.asarray(sizes, float))
-    low = max(SMALLEST, 10.0 ** np.floor(np.log10(max(float(values[0].min()), SMALLEST))))
-    return np.maximum(values, low), low
-
-
-def _draw_map(axes: Axes, coefficients: tuple[float, float, float], low: float) -> None:
-    """The polynomial of a step over its input, both logarithmic from ``low`` on."""
-    a, b, c = coefficients
-    x = np.geomspace(low, 1.4, 400)
-    axes.plot(x, x, color=LIGHT, linewidth=1.2)
-    axes.axhline(1, color=RED, linestyle="--", linewidth=1.0)
-    axes.plot(x, np.maximum(np.abs(a * x + b * x**3 + c * x**5), low), color=ORANGE, linewidth=1.6)
-    axes.set(xscale="log", yscale="log", xlim=(low * 0.8, 1.6), ylim=(low * 0.8, 3))
-    axes.minorticks_off()  # most of the time that a frame takes
-    axes.set(xlabel="size before the step", ylabel="size after it")
-
-
-def _draw_sweep(axes: Axes, scores: pd.DataFrame, *, xlabel: str, base: float, best: bool = True) -> None:
+def _draw_sweep(axes: Axes, scores: pd.DataFrame, *, xlabel: str, base: float) -> None:
     means = scores.groupby(["series", "x"])["val_bpb"].mean()
     low, middle = float(scores["val_bpb"].min()), float(means.median())
     top = low + 6.0 * max(middle - low, 1e-3)  # a diverged run must not flatten all the others
@@ -323,11 +261,8 @@ def _draw_sweep(axes: Axes, scores: pd.DataFrame, *, xlabel: str, base: float, b
                     fontsize=9,
                     color=colour,
                 )
-        if best:
-            x = min((at for at in points if points[at].n == counts[-1]), key=lambda at: points[at].mean)
-            axes.plot(
-                x, points[x].mean, "o", markersize=15, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=2
-            )
+        best = min((at for at in points if points[at].n == counts[-1]), key=lambda at: points[at].mean)
+        axes.plot(best, points[best].mean, "o", markersize=15, mfc="none", mec=colour, mew=2)
     shown = scores.loc[scores["val_bpb"] <= top, "val_bpb"]
     reach = float(shown.max()) - low or 0.01
     axes.set(ylim=(low - 0.08 * reach, float(shown.max()) + 0.14 * reach), xlabel=xlabel, ylabel="bits per byte")

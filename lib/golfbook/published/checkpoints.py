@@ -20,8 +20,8 @@ import torch
 import zstandard
 from torch import Tensor
 
+from golfbook.config.architecture import ModelConfig
 from golfbook.config.load import load_config
-from golfbook.config.schema import ModelConfig
 from golfbook.errors import CheckpointError, nearest
 from golfbook.model.component import facts_of
 from golfbook.model.gpt import GPT

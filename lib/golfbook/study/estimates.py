@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from golfbook.config.architecture import ModelConfig
 from golfbook.config.load import validate
-from golfbook.config.schema import Config, DataConfig, ModelConfig
+from golfbook.config.schema import Config, DataConfig
 from golfbook.errors import GolfbookError
 from golfbook.files import read_json, resolve, runs_root
 from golfbook.machine import available_cores, visible_gpus
@@ -57,7 +58,7 @@ class History:
 
 def uses_gpu(config: Config) -> bool:
     """Whether the trainer of this config will run on a GPU here."""
-    return config.train.device == "cuda" or (config.train.device == "auto" and bool(visible_gpus()))
+    return config.machine.device == "cuda" or (config.machine.device == "auto" and bool(visible_gpus()))
 
 
 def rough_parameters(model: ModelConfig) -> int:
@@ -110,7 +111,7 @@ def read_history() -> History:
 def estimate(config: Config, stages: Iterable[str], history: History) -> Estimate:
     """Estimate one run; ``source`` says which numbers were measured and which follow the rule of thumb."""
     size = rough_parameters(config.model)
-    rule, together = (_rule_of_thumb(config, processes) for processes in (1, config.train.processes))
+    rule, together = (_rule_of_thumb(config, processes) for processes in (1, config.machine.processes))
     trained = _nearest_speed(history.training, size)
     scored = _nearest_speed(history.scoring, size)
     count = next((n for data, n in reversed(history.validation_tokens) if data == config.data), None)
@@ -144,10 +145,10 @@ def scoring_operations(config: Config, tokens: int) -> float:
 
 def _memory(config: Config, size: int) -> int:
     """Host bytes of a run: weights, gradient, two moments, average; activations kept for the backward pass."""
-    model, train = config.model, config.train
-    tokens = train.batch_tokens // train.processes
+    model, processes = config.model, config.machine.processes
+    tokens = config.train.batch_tokens // processes
     widths = model.num_layers * model.model_dim * (12 + 4 * model.mlp_mult) + 3 * model.vocab_size
-    return int(PROCESS_BYTES + train.processes * (5 * 4 * size + 4 * tokens * widths))
+    return int(PROCESS_BYTES + processes * (5 * 4 * size + 4 * tokens * widths))
 
 
 def _validation_tokens(data: DataConfig) -> int:
@@ -168,7 +169,7 @@ def _validation_tokens(data: DataConfig) -> int:
 def _rule_of_thumb(config: Config, processes: int) -> float:
     if uses_gpu(config):
         return GPU_SPEED * processes
-    return CPU_SPEED * min(config.train.threads * processes, available_cores())
+    return CPU_SPEED * min(config.machine.threads * processes, available_cores())
 
 
 def _nearest_speed(known: Iterable[Work], size: int) -> float | None:

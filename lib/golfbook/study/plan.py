@@ -208,11 +208,11 @@ def variant_hash(config: Config) -> str:
 
 def _default_workers(made: Plan) -> int:
     """As many runs at a time as cores (or GPUs) and memory allow, and no more than there are runs."""
-    trains = [run.config.train for run in made.runs]
+    machines = [run.config.machine for run in made.runs]
     if uses_gpu(made.runs[0].config):  # so do all others
-        units = len(visible_gpus()) // max(train.processes for train in trains)
+        units = len(visible_gpus()) // max(machine.processes for machine in machines)
     else:
-        units = int(available_cores() // max(train.threads * train.processes for train in trains))
+        units = int(available_cores() // max(machine.threads * machine.processes for machine in machines))
     fits = available_memory() // max(run.estimate.memory_bytes for run in made.runs)
     return max(1, min(units, fits, len(made.runs)))
 
@@ -295,10 +295,10 @@ def _refuse_mixed_devices(path: Path, runs: list[PlannedRun]) -> None:
     first = runs[0]
     for run in runs:
         if uses_gpu(run.config) != uses_gpu(first.config):
-            devices = [f"'{r.variant}' (train.device: {r.config.train.device})" for r in (first, run)]
+            devices = [f"'{r.variant}' (machine.device: {r.config.machine.device})" for r in (first, run)]
             raise ConfigError(
                 f"{path}: variants {devices[0]} and {devices[1]} would train on different kinds of device here, one "
-                "on a GPU and one on the CPU; give all variants the same train.device, or write two job files"
+                "on a GPU and one on the CPU; give all variants the same machine.device, or write two job files"
             )
 
 

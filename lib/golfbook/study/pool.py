@@ -108,7 +108,7 @@ class _Job:
         self.figures = [Figure(name) for name in plan.figures]
         gpus = visible_gpus() if uses_gpu(plan.runs[0].config) else []
         self.slots: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
-        count = max(planned.config.train.processes for planned in plan.runs)  # any worker may get the largest run
+        count = max(planned.config.machine.processes for planned in plan.runs)  # any worker may get the largest run
         for slot in range(plan.workers):
             self.slots.put([gpus[(slot * count + i) % len(gpus)] for i in range(count)] if gpus else [])
         self.at_start = self._fraction()
@@ -349,7 +349,7 @@ class _Job:
 
 def _environment(planned: PlannedRun, gpus: list[str]) -> dict[str, str]:
     """Environment of a notebook process: the same folders whatever its working folder is, and the planned threads."""
-    threads = str(planned.config.train.threads)
+    threads = str(planned.config.machine.threads)
     extra = {
         **folders(),
         "OMP_NUM_THREADS": threads,
@@ -359,7 +359,7 @@ def _environment(planned: PlannedRun, gpus: list[str]) -> dict[str, str]:
         "PYTHONIOENCODING": "utf-8",  # of the logs, whatever the terminal of this process can show
     }
     if gpus:
-        extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: planned.config.train.processes])
+        extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: planned.config.machine.processes])
     return {**os.environ, **extra}
 
 

@@ -190,7 +190,7 @@ def reference_tables(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     ``results`` has a row for each run that finished the last stage any run of the study has finished: ``variant``,
     ``seed``, ``config_hash``, a column for every setting in which runs of the study differ, named like
-    ``train.matrix_lr``, then the numbers and what made them. ``curves`` has a row a validation of these runs:
+    ``train.optimizer.matrix_lr``, then the numbers and what made them. ``curves`` has a row a validation of these runs:
     ``variant``, ``seed``, ``step``, ``tokens_seen``, ``seconds`` of training and ``val_bpb``; the last one of a run is
     of the weights handed on, those before it are of the weights in training. Raises :class:`RunError` where no run is
     finished.

@@ -167,7 +167,7 @@ def _result(run: Run, stage: str) -> dict[str, Any]:
 def _score(run: Run, model: GPT, data: dataset.Dataset, stride: int) -> dict[str, Any]:
     config = run.config
     device = compute.choose_device(config)
-    choices.set_up(config.train.threads, device, run)
+    choices.set_up(config.machine.threads, device, run)
     with activity.step("scoring") as progress:
         nll = scoring.score(
             model.to(device), data.val_tokens, window=config.window, stride=stride,

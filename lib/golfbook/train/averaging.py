@@ -1,9 +1,9 @@
 """Averages of the weights over training, which are what the training stage hands on.
 
-``train.averaging`` chooses (PR 1166 section 16): "none" the last weights; "ema" an exponential moving average with
-``train.ema_decay``, started at the initial weights, without bias correction; "swa" the plain mean of snapshots taken
-late in the warmdown; "swa_of_ema" the mean of snapshots of the moving average, as PR 1170's code does. PR 1166 and 1406
-collect snapshots and never use them; here they are the result.
+``train.averaging.method`` chooses (PR 1166 section 16): "none" the last weights; "ema" an exponential moving average,
+started at the initial weights, without bias correction; "swa" the plain mean of snapshots taken late in the warmdown;
+"swa_of_ema" the mean of snapshots of the moving average, as PR 1170's code does. PR 1166 and 1406 collect snapshots and
+never use them; here they are the result.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ class WeightAverage:
         self.snapshots = 0
         self._ema: dict[str, Tensor] = {}
         self._sum: dict[str, Tensor] = {}  # of the snapshots; empty before the first one
-        if config.averaging == "swa_of_ema" or (config.averaging == "ema" and config.ema_decay):
+        if config.averaging.method == "swa_of_ema" or (config.averaging.method == "ema" and config.averaging.ema_decay):
             self._ema = _copy(weights)
 
     @torch.no_grad()
     def update(self, step: int, lr_scale: float, weights: Mapping[str, Tensor]) -> None:
         """Take in ``weights`` as they are after 0-based ``step``, which ran at ``lr_scale``."""
         if self._ema:
-            torch._foreach_lerp_(list(self._ema.values()), _floats(weights, self._ema), 1 - self.config.ema_decay)
-        if self.config.averaging not in ("swa", "swa_of_ema") or not snapshot_due(step, lr_scale, self.config):
+            torch._foreach_lerp_(
+                list(self._ema.values()), _floats(weights, self._ema), 1 - self.config.averaging.ema_decay
+            )
+        if self.config.averaging.method not in ("swa", "swa_of_ema") or not snapshot_due(step, lr_scale, self.config):
             return
         source = self._ema or weights
         if self._sum:
@@ -61,9 +63,9 @@ class WeightAverage:
         if self.snapshots:
             what = "the moving average" if self._ema else "the weights"
             return f"mean of {self.snapshots} snapshots of {what}" if self.snapshots > 1 else f"one snapshot of {what}"
-        if self.config.averaging in ("swa", "swa_of_ema"):
+        if self.config.averaging.method in ("swa", "swa_of_ema"):
             return f"{source} (no snapshot was taken)"
-        return f"{source} (decay 0)" if self.config.averaging == "ema" and not self._ema else source
+        return f"{source} (decay 0)" if self.config.averaging.method == "ema" and not self._ema else source
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything but :meth:`state_numbers`, for a checkpoint: ``ema/<weight>`` and ``swa/<weight>``, float32."""
@@ -86,7 +88,7 @@ class WeightAverage:
             or bool(total) != bool(snapshots)
             or (ema and total and ema.keys() != total.keys())
         ):
-            raise ValueError(f"the saved average does not fit train.averaging '{self.config.averaging}'")
+            raise ValueError(f"the saved average does not fit train.averaging.method '{self.config.averaging.method}'")
         self._ema = {name: ema[name].to(own.device, torch.float32, copy=True) for name, own in self._ema.items()}
         self._sum = {
             name: value.to(self._ema[name].device if self._ema else value.device, torch.float32, copy=True)

@@ -86,7 +86,7 @@ def load_checkpoint(path: Path, model: nn.Module, average: WeightAverage, optimi
 def load_model(run: Run, which: Literal["averaged", "last"] = "averaged") -> GPT:
     """The model a finished or interrupted training left behind, in evaluation mode on the CPU.
 
-    ``averaged`` gives the weights the training stage hands on, as ``train.averaging`` says. Raises
+    ``averaged`` gives the weights the training stage hands on, as ``train.averaging.method`` says. Raises
     :class:`CheckpointError` where there is no usable checkpoint.
     """
     tensors, progress = _read(run.checkpoint_path)

@@ -61,7 +61,7 @@ def is_of_a_job(run: Run) -> bool:
 
 def command(run: Run) -> list[str]:
     """Command that trains a run. All on this machine: nothing asks for its name, and the system gives a free port."""
-    words = [sys.executable, "-m", AGENT, "--nnodes=1", f"--nproc-per-node={run.config.train.processes}"]
+    words = [sys.executable, "-m", AGENT, "--nnodes=1", f"--nproc-per-node={run.config.machine.processes}"]
     words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={LOOPBACK}:0", f"--local-addr={LOOPBACK}", "--max-restarts=0"]
     words += [f"--log-dir={os.devnull}"]  # its folder of logs: ours are in the run folder
     return [*words, "-m", MODULE, str(run.path.resolve()).replace("$", "$$")]  # torch takes the arguments for templates
@@ -69,7 +69,7 @@ def command(run: Run) -> list[str]:
 
 def environment(run: Run) -> dict[str, str]:
     """Environment of a trainer: this one's, without what launchers leave in it, and with all that is ours to say."""
-    threads = str(run.config.train.threads)
+    threads = str(run.config.machine.threads)
     kept = {name: value for name, value in os.environ.items() if not LAUNCHER_VARIABLES.fullmatch(name)}
     kept |= folders()
     kept |= {

@@ -44,7 +44,7 @@ class Trainer:
         self.run, self.config, self.rank, self.world = run, run.config, rank, world
         train = self.config.train
         self.device = compute.choose_device(self.config, rank)
-        self.chosen = choices.set_up(train.threads, self.device, run)
+        self.chosen = choices.set_up(self.config.machine.threads, self.device, run)
         torch.manual_seed(self.config.seed)
         self.dataset = dataset.prepare(self.config)
         if self.config.model.smear_document_mask and self.dataset.tokenizer.bos_id != BOS_ID:
@@ -112,11 +112,11 @@ class Trainer:
 
     def train(self) -> None:
         """Run the remaining steps, validating, logging and saving on the way."""
-        train = self.config.train
+        train, machine = self.config.train, self.config.machine
         activity.doing("training")
         started, at_start = time.perf_counter(), self.step
         while self.step < train.steps and not self.out_of_time():
-            if train.validate_every and self.step % train.validate_every == 0:
+            if machine.validate_every and self.step % machine.validate_every == 0:
                 self.validate(self.model)
             begin = time.perf_counter()
             loss = self.train_step()
@@ -125,10 +125,10 @@ class Trainer:
             self.train_seconds += time.perf_counter() - begin
             self.step += 1
             last = self.step == train.steps or self.out_of_time()
-            if self.step % train.log_every == 0 or last:
+            if self.step % machine.log_every == 0 or last:
                 self.log(loss, (time.perf_counter() - started) / (self.step - at_start))
             stop = self.agree_to_stop()
-            if stop or last or (train.checkpoint_every and self.step % train.checkpoint_every == 0):
+            if stop or last or (machine.checkpoint_every and self.step % machine.checkpoint_every == 0):
                 self.last_loss = self.mean_loss(loss)
                 self.save()
             if stop and not last:
@@ -165,7 +165,7 @@ class Trainer:
                 lr_scale=self.scale,
                 momentum=muon_momentum(step, train),
                 quantized=qat_active(step, self.scale, train),
-                check=self.device.type == "cpu" or (step + 1) % train.log_every == 0,
+                check=self.device.type == "cpu" or (step + 1) % self.config.machine.log_every == 0,
             )
         except RunError as error:
             raise RunError(self.diverged(f"at step {step} {error}")) from None
@@ -194,7 +194,7 @@ class Trainer:
     def diverged(self, what: str) -> str:
         """The message of a run that cannot go on."""
         kept = f"; the checkpoint of step {self.saved} is kept" if self.saved else ""
-        return f"training diverged: {what}. Lower train.matrix_lr, train.embed_lr or train.grad_clip{kept}"
+        return f"training diverged: {what}. Lower matrix_lr, embed_lr or grad_clip in train.optimizer{kept}"
 
     def log(self, loss: Tensor, seconds_per_step: float) -> None:
         """Append one training point and, on a terminal, redraw the progress line.
@@ -323,8 +323,8 @@ def main(arguments: list[str]) -> int:
     if rank == 0:
         activity.record_in(run.path, "starting the trainer")
     try:
-        if world != run.config.train.processes:
-            raise RunError(f"train.processes is {run.config.train.processes}, but {world} processes were started")
+        if world != run.config.machine.processes:
+            raise RunError(f"machine.processes is {run.config.machine.processes}, but {world} processes were started")
         with run.lock("trainer") if rank == 0 else contextlib.nullcontext():
             if not run.is_done("training"):
                 _train(run, rank, world)

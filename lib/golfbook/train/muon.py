@@ -196,14 +196,12 @@ def normalise_rows_(matrices: Tensor) -> Tensor:
 def parameter_groups(model: nn.Module, config: TrainConfig) -> dict[str, list[str]]:
     """Names of the parameters each optimiser trains: ``matrix``, ``embed``, ``scalar`` and ``head``.
 
-    PR 1166 section 14.1: block matrices by Muon, the three tables by AdamW at the embedding rate, an untied head by
-    Adam, heads of multi-token prediction by Muon (as PR 1170 does; PR 1166's code forgets them), everything else
-    (vectors, scalars, small projections, refiners) by AdamW at the scalar rate. ``config.muon_bigram_proj`` moves the
-    projection of the hashed bigrams to Muon (PR 1170, PR 1232). The published scripts train the token table of an
-    untied model at 0.6; no published run is untied, so ``config.embed_lr`` holds for both cases here.
+    The rules are those of the components (PR 1166 section 14.1). ``muon_bigram_proj`` moves the projection of the
+    hashed bigrams to Muon (PR 1170, PR 1232). The published scripts train the token table of an untied model at 0.6; no
+    published run is untied, so ``embed_lr`` holds for both cases here.
     """
     groups: dict[str, list[str]] = {"matrix": [], "embed": [], "scalar": [], "head": []}
-    moved = {"bigram.proj.weight"} if config.muon_bigram_proj else set()
+    moved = {"bigram.proj.weight"} if config.optimizer.muon_bigram_proj else set()
     for name, facts in facts_of(model).items():
         groups["matrix" if name in moved else facts.group].append(name)
     return groups
@@ -215,23 +213,23 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> dict[str, torch.op
     """
     named, names = dict(model.named_parameters()), parameter_groups(model, config)
     optimizers: dict[str, torch.optim.Optimizer] = {}
-    if config.matrix_optimizer == "muon":
+    if config.optimizer.matrix_optimizer == "muon":
         optimizers["muon"] = Muon(
             [named[n] for n in names.pop("matrix")],
-            lr=config.matrix_lr,
-            momentum=config.muon_momentum,
-            weight_decay=config.muon_weight_decay,
-            steps=config.newton_schulz_steps,
-            dtype=getattr(torch, config.muon_dtype),
-            momentum_dtype=getattr(torch, config.muon_momentum_dtype),
-            coefficients=config.newton_schulz_coefficients,
-            row_norm=config.muon_row_norm,
+            lr=config.optimizer.matrix_lr,
+            momentum=config.optimizer.muon_momentum,
+            weight_decay=config.optimizer.muon_weight_decay,
+            steps=config.optimizer.newton_schulz_steps,
+            dtype=getattr(torch, config.optimizer.muon_dtype),
+            momentum_dtype=getattr(torch, config.optimizer.muon_momentum_dtype),
+            coefficients=config.optimizer.newton_schulz_coefficients,
+            row_norm=config.optimizer.muon_row_norm,
         )
     rates = {
-        "matrix": (config.matrix_lr, config.adam_weight_decay),
-        "embed": (config.embed_lr, config.adam_weight_decay),
-        "scalar": (config.scalar_lr, config.adam_weight_decay),
-        "head": (config.head_lr, 0.0),
+        "matrix": (config.optimizer.matrix_lr, config.optimizer.adam_weight_decay),
+        "embed": (config.optimizer.embed_lr, config.optimizer.adam_weight_decay),
+        "scalar": (config.optimizer.scalar_lr, config.optimizer.adam_weight_decay),
+        "head": (config.optimizer.head_lr, 0.0),
     }
     optimizers["adam"] = torch.optim.AdamW(
         [
@@ -239,8 +237,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> dict[str, torch.op
             for group, members in names.items()
             if members
         ],
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
+        betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
+        eps=config.optimizer.adam_eps,
         fused=True,
     )
     for optimizer in optimizers.values():

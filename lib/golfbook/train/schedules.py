@@ -29,29 +29,29 @@ def lr_scale(
     ``elapsed_seconds`` is the training time so far without validation. ``mean_step_seconds`` is ``elapsed_seconds``
     over ``step`` unless given. Raises ValueError where the clock is needed and missing.
     """
-    warmup = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+    warmup = min(1.0, (step + 1) / config.schedule.lr_warmup_steps) if config.schedule.lr_warmup_steps else 1.0
     left = _warmdown_left(step, config, elapsed_seconds, mean_step_seconds)
-    shaped = left if config.warmdown_shape == "linear" else (1 - math.cos(math.pi * left)) / 2
-    return min(warmup, config.min_lr_scale + (1 - config.min_lr_scale) * shaped)
+    shaped = left if config.schedule.warmdown_shape == "linear" else (1 - math.cos(math.pi * left)) / 2
+    return min(warmup, config.schedule.min_lr_scale + (1 - config.schedule.min_lr_scale) * shaped)
 
 
 def _warmdown_left(step: int, config: TrainConfig, elapsed: float | None, mean_step: float | None) -> float:
-    if not config.warmdown_steps:
+    if not config.schedule.warmdown_steps:
         return 1.0
     if not config.max_seconds:
-        return min(1.0, max(config.steps - step, 0) / config.warmdown_steps)
+        return min(1.0, max(config.steps - step, 0) / config.schedule.warmdown_steps)
     if elapsed is None:
         raise ValueError("train.max_seconds is set: the learning rate follows the clock and needs elapsed_seconds")
-    warmdown = config.warmdown_steps * (elapsed / max(step, 1) if mean_step is None else mean_step)
+    warmdown = config.schedule.warmdown_steps * (elapsed / max(step, 1) if mean_step is None else mean_step)
     remaining = max(config.max_seconds - elapsed, 0.0)
     return remaining / max(warmdown, 1e-9) if remaining <= warmdown else 1.0
 
 
 def muon_momentum(step: int, config: TrainConfig) -> float:
     """Momentum of Muon: linear from ``muon_momentum_start`` to ``muon_momentum`` over its warm-up (section 14.2)."""
-    warmup = config.muon_momentum_warmup_steps
+    warmup = config.optimizer.muon_momentum_warmup_steps
     done = min(step / warmup, 1.0) if warmup else 1.0
-    return (1 - done) * config.muon_momentum_start + done * config.muon_momentum
+    return (1 - done) * config.optimizer.muon_momentum_start + done * config.optimizer.muon_momentum
 
 
 def snapshot_due(step: int, scale: float, config: TrainConfig) -> bool:
@@ -59,12 +59,16 @@ def snapshot_due(step: int, scale: float, config: TrainConfig) -> bool:
 
     Every ``swa_every`` steps while the scale is below ``swa_start``; the low scales of a warm-up do not count.
     """
-    return step >= config.lr_warmup_steps and scale < config.swa_start and (step + 1) % config.swa_every == 0
+    return (
+        step >= config.schedule.lr_warmup_steps
+        and scale < config.averaging.swa_start
+        and (step + 1) % config.averaging.swa_every == 0
+    )
 
 
 def qat_active(step: int, scale: float, config: TrainConfig) -> bool:
     """Whether ``step``, at learning-rate scale ``scale``, fake-quantises: below ``qat_start`` and past the warm-up."""
-    return step >= config.lr_warmup_steps and scale < config.qat_start
+    return step >= config.schedule.lr_warmup_steps and scale < config.qat.start
 
 
 def schedule_table(config: TrainConfig, step_seconds: float | None = None) -> dict[str, np.ndarray]:
@@ -95,10 +99,10 @@ def step_weights(config: TrainConfig, table: Mapping[str, np.ndarray]) -> tuple[
     are all of it: none, the last step; EMA, ``(1 - d) d^(n-1-k)``; SWA, 1/m for each of m snapshots, or the last step
     where there is none; SWA of the EMA, the mean of the EMA's shares at the snapshots.
     """
-    count, decay = len(table["step"]), config.ema_decay
+    count, decay = len(table["step"]), config.averaging.ema_decay
     shares = np.zeros(count)
-    snapshots = table["step"][table["snapshot"]] if config.averaging in ("swa", "swa_of_ema") else []
-    if config.averaging in ("none", "swa"):
+    snapshots = table["step"][table["snapshot"]] if config.averaging.method in ("swa", "swa_of_ema") else []
+    if config.averaging.method in ("none", "swa"):
         shares[snapshots if len(snapshots) else [count - 1]] = 1 / max(len(snapshots), 1)
         return shares, 0.0
     ends = list(snapshots) if len(snapshots) else [count - 1]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from golfbook.compress.budget import artifact_bytes
-from golfbook.config.schema import Config, ModelConfig
+from golfbook.config.architecture import ModelConfig
+from golfbook.config.schema import Config
 from golfbook.model.costs import activation_bytes, per_token, scoring
 from golfbook.model.gpt import GPT, model_facts
 

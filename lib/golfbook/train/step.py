@@ -49,20 +49,20 @@ class TrainingStep:
     """
 
     def __init__(self, model: GPT, config: Config, device: torch.device, *, world: int = 1) -> None:
-        train = config.train
+        train, machine = config.train, config.machine
         self.model, self.config, self.device = model.to(device), config, device
-        model.checkpoint_activations = train.checkpoint_activations
-        model.use_attention(train.attention)
+        model.checkpoint_activations = machine.checkpoint_activations
+        model.use_attention(machine.attention)
         self.precision, reason = compute.choose_precision(config)
-        attention.require(train.attention, device, getattr(torch, self.precision))
-        self.attention = train.attention
-        if train.attention == "auto":
+        attention.require(machine.attention, device, getattr(torch, self.precision))
+        self.attention = machine.attention
+        if machine.attention == "auto":
             self.attention = compute.attention_backend(True, getattr(torch, self.precision), train.sequence_length)
         self.notes = [f"activations in {self.precision}: {reason}", f"attention by {self.attention}"]
         self.optimizers = make_optimizers(model, train)
         self.compiled = False
         loss: Loss = model.loss
-        if train.compile:
+        if machine.compile:
             obstacle = compute.why_not_compile(device)
             self.compiled = not obstacle
             self.notes.append(f"not compiled: {obstacle}" if obstacle else "compiled by torch.compile")
@@ -114,8 +114,10 @@ class TrainingStep:
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             if check and not math.isfinite(norm.item()):
                 raise RunError(self._explain(norm, inputs, targets))
-        if self.config.train.grad_clip:  # after averaging, so that the step does not depend on the number of processes
-            torch.nn.utils.clip_grads_with_norm_(trained, self.config.train.grad_clip, norm)
+        if (
+            self.config.train.optimizer.grad_clip
+        ):  # after averaging, so that the step does not depend on the number of processes
+            torch.nn.utils.clip_grads_with_norm_(trained, self.config.train.optimizer.grad_clip, norm)
         for optimizer in self.optimizers.values():
             optimizer.step()
         return loss
@@ -134,7 +136,7 @@ class TrainingStep:
         return loss
 
     def _fake_quantized(self) -> contextlib.AbstractContextManager[object]:
-        if self.config.train.qat_rule == "published":
+        if self.config.train.qat.rule == "published":
             return published_fake_quantized(self.model)
         return fake_quantized(self.model, self.config.quantize)
 
@@ -175,7 +177,7 @@ class TrainingStep:
         shape = (rows, train.sequence_length + 1)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*lru_cache.*")  # what it caches here never changes
-            for number in range(train.compile_warmup_steps):
+            for number in range(self.config.machine.compile_warmup_steps):
                 tokens = torch.randint(self.config.model.vocab_size, shape, generator=generator).to(self.device)
                 inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
                 if number == 0:
