@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from golfbook.compress.rowwise import quantize_tensor
-from golfbook.config.schema import QuantizeConfig, TrainConfig
+from golfbook.compress.quantizer import quantize
+from golfbook.config.architecture import ModelConfig
+from golfbook.config.schema import AveragingConfig, QuantizeConfig, TrainConfig
 from golfbook.exercises.check import Misconception
+from golfbook.model.layers import MLP
 from golfbook.train import muon, qat
 from golfbook.train.schedules import schedule_table, step_weights
 
 STEPS = 5
 CLOSE = 2e-3  # float32 against float32, in another order of products
-NAME = "blocks.0.mlp.fc.weight"  # a name that the exporter stores as integers
 
 
 def newton_schulz(answer: Callable[[Tensor], Tensor]) -> str:
@@ -65,7 +66,7 @@ def largest_decay(answer: Callable[[int, float], float]) -> str:
         decay = float(answer(steps, share))
         if not 0 < decay < 1:
             raise Misconception(f"a decay of {decay:g} is none: it lies between 0 and 1")
-        config = TrainConfig(steps=steps, averaging="ema", ema_decay=decay)
+        config = TrainConfig(steps=steps, averaging=AveragingConfig(method="ema", ema_decay=decay))
         left = step_weights(config, schedule_table(config))[1]
         what = f"{decay:.6g} leaves {left:.2%} of the initial weights after {steps} steps, not {share:.2%}"
         if abs(decay - (1 - 1 / steps)) < 1e-9:
@@ -81,15 +82,14 @@ def largest_decay(answer: Callable[[int, float], float]) -> str:
 def straight_through(answer: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]) -> str:
     """Judge ``answer(weight, quantise)``, which the forward pass uses in place of ``weight``, by the library's QAT."""
     config = QuantizeConfig(matrix_bits=3, passthrough_numel=0, scale_floor=False)
-    layer = nn.Linear(12, 6, bias=False)
-    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"fc": layer})})])})
-    inputs, targets = torch.randn(20, 12), torch.randn(20, 6)
+    model = MLP(ModelConfig(model_dim=16, num_heads=4, num_kv_heads=2, rope_dims=4, mlp_mult=0.5))
+    layer, inputs, targets = model.fc, torch.randn(20, 16), torch.randn(20, 8)
     with qat.fake_quantized(model, config):
         (layer(inputs) - targets).square().mean().backward()
     weight = layer.weight.detach().clone().requires_grad_()
 
     def quantise(w: Tensor) -> Tensor:
-        stored = quantize_tensor(NAME, w.detach(), config).dequantize()
+        stored = quantize({"w": w}, {"w": "mlp"}, config)["w"].dequantize()
         return stored + 0 * w  # as differentiable as rounding is: with a derivative of zero
 
     used = answer(weight, quantise)
