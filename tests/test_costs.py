@@ -16,7 +16,8 @@ from golfbook import cli
 from golfbook.compress import budget
 from golfbook.config.architecture import ModelConfig
 from golfbook.config.load import load_config, preset_names
-from golfbook.evaluate.scoring import plan_windows, score
+from golfbook.evaluate.scoring import score
+from golfbook.evaluate.windows import plan_windows
 from golfbook.model import costs, layers
 from golfbook.model.gpt import GPT, initialise, parameter_table
 from golfbook.train import speed

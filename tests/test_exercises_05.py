@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from golfbook.evaluate import scoring
+from golfbook.evaluate.windows import published_windows
 from golfbook.exercises.check import exercises, judge
 
 
@@ -21,7 +21,7 @@ def plan(targets: int, window: int, stride: int, *, tail: bool = True, clip: boo
 
 
 def published(targets: int, window: int, stride: int) -> list[tuple[int, ...]]:
-    found = scoring.published_windows(targets, window, stride)
+    found = published_windows(targets, window, stride)
     return [tuple(row) for row in zip(found.starts, found.first, found.stop, strict=True)]
 
 

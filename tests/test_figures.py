@@ -18,7 +18,7 @@ from by_name import train_config
 from golfbook.analysis import context, statistics
 from golfbook.config.schema import TrainConfig
 from golfbook.errors import GolfbookError, RunError
-from golfbook.evaluate import scoring
+from golfbook.evaluate.windows import plan_windows
 from golfbook.plots import schedules, style
 from golfbook.plots import seeds as seed_plots
 from golfbook.plots import size as size_plots
@@ -64,7 +64,7 @@ def examples() -> dict[str, style.Picture]:
     weights = rng.normal(0, 0.05, (8, 64))
     scale = np.abs(weights).max(axis=1, keepdims=True) / 31
     integers = np.round(weights / scale)
-    plan = scoring.plan_windows(100, 32, 8)
+    plan = plan_windows(100, 32, 8)
     widths = pd.DataFrame(
         {"bits": [4, 5, 6], "error": [0.1, 0.05, 0.02], "artifact_bytes": [100, 120, 140], "val_bpb": [2.3, 2.2, 2.1]}
     )
@@ -269,7 +269,7 @@ def test_gif_has_all_frames_and_their_times() -> None:
 
 
 def test_windows_draws_the_plan() -> None:
-    plan = scoring.plan_windows(100, 32, 8)
+    plan = plan_windows(100, 32, 8)
     (axes,) = text_plots.windows(plan.starts, plan.first, plan.stop, window=32, targets=100, shown=3).axes
     spans = [(p.get_x(), p.get_width()) for p in axes.patches]
     assert spans == [(0, 32), (0, 32), (8, 32), (32, 8), (16, 32), (40, 8)]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from golfbook.config.load import load_config
 from golfbook.data.tokenizer import Tokenizer
 from golfbook.evaluate import scoring
+from golfbook.evaluate.windows import Windows, plan_windows, published_windows
 from golfbook.model.gpt import GPT
 from reference import fill_hashed, hashed_tokens
 
@@ -28,7 +29,7 @@ TINY_B = {
 }  # fmt: skip
 
 
-def published_score(nll: np.ndarray, windows: scoring.Windows, token_bytes: np.ndarray) -> tuple[float, float]:
+def published_score(nll: np.ndarray, windows: Windows, token_bytes: np.ndarray) -> tuple[float, float]:
     """Loss and bits per byte over every scored target, repeats included."""
     total = nll.astype(np.float64).sum()
     return total / len(nll), total / (np.log(2) * token_bytes[windows.targets].sum())
@@ -48,7 +49,7 @@ def test_trained_model_on_real_text():
     assert summary["val_loss"] == pytest.approx(5.42283181844155, abs=1e-6)
     assert summary["val_bpb"] == pytest.approx(3.1491315867598972, abs=1e-6)
     for stride, loss, bpb in ((16, 5.4356985459916105, 3.140647281758125), (64, 5.421282126190435, 3.1587022140179206)):
-        windows = scoring.published_windows(6000, 256, stride)
+        windows = published_windows(6000, 256, stride)
         nll = scoring.score_windows(model, tokens, windows, window=256)
         assert published_score(nll, windows, token_bytes) == pytest.approx((loss, bpb), abs=1e-6)
 
@@ -68,11 +69,11 @@ def test_published_tiny_configurations(values, plain, sliding):
     before, target = tokens[:-1], tokens[1:]
     token_bytes = 1 + target % 5 + ((target % 3 == 0) & (before >= 4))
     assert token_bytes.sum() == 3482
-    contiguous = scoring.plan_windows(1024, 128, 128)
+    contiguous = plan_windows(1024, 128, 128)
     nll = scoring.score_windows(model, tokens, contiguous, window=128)
     assert published_score(nll, contiguous, token_bytes) == pytest.approx(plain, abs=2e-6)
     for stride, expected in sliding.items():
-        windows = scoring.published_windows(1024, 128, stride)
+        windows = published_windows(1024, 128, stride)
         nll = scoring.score_windows(model, tokens, windows, window=128)
         assert published_score(nll, windows, token_bytes) == pytest.approx(expected, abs=2e-6)
 
@@ -87,10 +88,10 @@ def test_pr1406_stream():
     assert tokens.sum() == 9955
     token_bytes = 1 + tokens[1:] % 3 + ((tokens[1:] % 2 == 0) & (tokens[:-1] != 0))
     model = pr1406_tiny((2, 3))
-    contiguous = scoring.plan_windows(960, 64, 64)
+    contiguous = plan_windows(960, 64, 64)
     nll = scoring.score_windows(model, tokens[:961], contiguous, window=64)
     assert published_score(nll, contiguous, token_bytes) == pytest.approx((5.140382, 3.277792), abs=2e-6)
-    windows = scoring.published_windows(1000, 64, 16)
+    windows = published_windows(1000, 64, 16)
     assert len(windows) == 63 and len(windows.targets) == 1048
     nll = scoring.score_windows(model, tokens, windows, window=64)
     assert published_score(nll, windows, token_bytes) == pytest.approx((5.119528, 3.266009), abs=2e-6)

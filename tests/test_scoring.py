@@ -20,7 +20,8 @@ from torch import nn
 from golfbook.config.load import load_config
 from golfbook.errors import ConfigError, DataError, RunError
 from golfbook.evaluate import scoring
-from golfbook.evaluate.scoring import bits_per_byte, plan_windows, published_windows, score, score_windows, summarize
+from golfbook.evaluate.scoring import bits_per_byte, score, score_windows, summarize
+from golfbook.evaluate.windows import plan_windows, published_windows
 from golfbook.model.gpt import GPT, initialise
 from golfbook.plain import score as plain_score
 from reference import fill_hashed, hashed_tokens, sine

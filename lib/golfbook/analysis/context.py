@@ -11,7 +11,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from golfbook.analysis.statistics import describe
-from golfbook.evaluate.scoring import bits_per_byte, plan_windows
+from golfbook.evaluate.scoring import bits_per_byte
+from golfbook.evaluate.windows import plan_windows
 
 
 def gain_by_position(sliding: NDArray, contiguous: NDArray, window: int, bins: int = 10) -> pd.DataFrame:

@@ -16,6 +16,10 @@ QUANTIZERS = {
     "percentiles": "compress.rowwise.percentiles",
     "row_maximum": "compress.rowwise.row_maximum",
 }
+# evaluate.adaptation.Rule
+RULES = {
+    "keep": "evaluate.adaptation.keep",
+}
 # compress.coders.Coder
 CODERS = {
     "xz": "compress.coders.XZ",

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from golfbook.analysis.statistics import paired_difference, welch
-from golfbook.evaluate.scoring import Windows, plan_windows, published_windows
+from golfbook.evaluate.windows import Windows, plan_windows, published_windows
 from golfbook.exercises.check import Misconception
 
 Floats = NDArray[np.float64]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from golfbook.evaluate import scoring
+from golfbook.evaluate.windows import plan_windows
 from golfbook.panels.base import Choice, Panel, Slider, Text, guessing, interactive
 from golfbook.plots import text as text_plots
 from golfbook.plots.style import Picture
@@ -59,11 +60,11 @@ def windows(targets: int, window: int, stride: int = 0) -> Panel:
     strides = [window >> k for k in range(7) if window >> k]
 
     def draw(stride: int) -> Picture:
-        plan = scoring.plan_windows(targets, window, stride)
+        plan = plan_windows(targets, window, stride)
         return text_plots.windows(plan.starts, plan.first, plan.stop, window=window, targets=targets)
 
     choices = sorted({*strides, stride or strides[0]})
     start = stride or strides[min(2, len(strides) - 1)]
     panel = Panel(draw, {"stride": Choice("stride", start, {str(s): s for s in choices})}, height=400)
-    passes = Slider("my guess: forward passes", 0, 0, 2 * len(scoring.plan_windows(targets, window, choices[0])))
-    return guessing(panel, passes, lambda stride: len(scoring.plan_windows(targets, window, stride)))
+    passes = Slider("my guess: forward passes", 0, 0, 2 * len(plan_windows(targets, window, choices[0])))
+    return guessing(panel, passes, lambda stride: len(plan_windows(targets, window, stride)))
