@@ -28,7 +28,7 @@ from golfbook.study import notebook as notebook_process
 from golfbook.study import plan as planning
 from golfbook.study import pool, progress, results, writes
 from golfbook.study.interrupts import Interrupts
-from golfbook.study.plan import PlannedRun
+from golfbook.study.processes import Processes, Stage
 from golfbook.study.progress import RunStatus
 
 
@@ -361,13 +361,13 @@ def test_each_worker_has_gpus_of_its_own(project: Project, monkeypatch: pytest.M
     started: list[tuple[str, str]] = []
     both = threading.Barrier(2)
 
-    def spawn(self: object, log: Path, planned: PlannedRun, gpus: list[str], *arguments: str) -> int:
-        environment = pool._environment(planned, gpus)
+    def submit(self: object, stage: Stage) -> int:
+        environment = stage.environment
         started.append((environment["CUDA_VISIBLE_DEVICES"], environment["OMP_NUM_THREADS"]))
         both.wait(20)  # two runs are in hand at a time
         return 1
 
-    monkeypatch.setattr(pool._Job, "_spawn", spawn)
+    monkeypatch.setattr(Processes, "submit", submit)
     report = pool.run(made)
     assert sorted(started) == [("0,3", "1")] * 2 + [("5,7", "1")] * 2
     assert [status.message for status in report.runs] == ["the process ended with status 1"] * 4
@@ -382,13 +382,13 @@ def test_slots_and_workers_fit_the_largest_run(project: Project, monkeypatch: py
     started: list[tuple[str, str, str]] = []
     both = threading.Barrier(2)
 
-    def spawn(self: object, log: Path, planned: PlannedRun, gpus: list[str], *arguments: str) -> int:
-        seen = pool._environment(planned, gpus)["CUDA_VISIBLE_DEVICES"]
-        started.append((planned.variant, seen, gpus[0]))
+    def submit(self: object, stage: Stage) -> int:
+        seen = stage.environment["CUDA_VISIBLE_DEVICES"]
+        started.append((Path(stage.arguments[0]).name.partition("-")[0], seen, stage.gpus[0]))
         both.wait(20)
         return 1
 
-    monkeypatch.setattr(pool._Job, "_spawn", spawn)
+    monkeypatch.setattr(Processes, "submit", submit)
     pool.run(made)
     pairs = {"0": "0,3", "5": "5,7"}
     assert len(started) == 4
@@ -429,7 +429,7 @@ def test_a_notebook_gets_all_folders_absolute(project: Project, monkeypatch: pyt
     for name, value in (("ROOT", ".."), ("RUNS", "r"), ("CACHE", "c"), ("FIGURES", "f")):
         monkeypatch.setenv(f"GOLFBOOK_{name}", value)
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # of this terminal; the logs are not it
-    environment = pool._environment(planning.plan(project.job).runs[0], [])
+    environment = Stage("stage", (), elsewhere / "log", 1).environment
     assert environment["PYTHONIOENCODING"] == "utf-8"
     assert {name: environment[f"GOLFBOOK_{name}"] for name in ("ROOT", "RUNS", "CACHE", "FIGURES")} == {
         "ROOT": str(project.root),

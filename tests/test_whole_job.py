@@ -241,7 +241,11 @@ def kernel_of(command: subprocess.Popen[str], stage: str, variant: str) -> psuti
     for process in psutil.Process(command.pid).children():
         with contextlib.suppress(psutil.Error):  # it may end at any moment
             words = process.cmdline()
-            if "golfbook.study.pool" in words and stage in words and any(f"/{variant}-s7-" in word for word in words):
+            if (
+                "golfbook.study.notebook" in words
+                and stage in words
+                and any(f"/{variant}-s7-" in word for word in words)
+            ):
                 return next((child for child in process.children() if "ipykernel_launcher" in child.cmdline()), None)
     return None
 
@@ -264,7 +268,7 @@ def test_a_job_killed_in_training_and_in_quantization_ends_with_the_same_numbers
     command = home.start("run", "job.yaml")
     launcher, worker = stop_after_first_checkpoint(home, "skips")
     below = [p for p in psutil.Process(command.pid).children(recursive=True) if p not in (launcher, worker)]
-    attached = [p for p in below if any(x in ("golfbook.study.pool", "ipykernel_launcher") for x in p.cmdline())]
+    attached = [p for p in below if any(x in ("golfbook.study.notebook", "ipykernel_launcher") for x in p.cmdline())]
     assert len(attached) == 4, "two stage processes and their kernels"
     kill(command.pid)
     command.wait()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from golfbook import __version__
+from golfbook.config.tables import EXECUTORS, require
 from golfbook.errors import ConfigError, GolfbookError, RunError
 from golfbook.terminal import make_console, prepare_streams, say, show_pairs, show_path, show_table, write_json
 
@@ -79,6 +80,9 @@ def run(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, run nothing.")] = False,
     redraw: Annotated[bool, typer.Option("--redraw", help="Only draw the figures again, all of them.")] = False,
+    executor: Annotated[
+        str, typer.Option(help="Where notebooks are executed: processes, or what config/tables.py has been given.")
+    ] = "processes",
     as_json: Json = False,
 ) -> None:
     """Run a job: every variant with every seed, then the tables and the figures.
@@ -96,6 +100,7 @@ def run(
     from golfbook.study.plan import plan as make_plan
 
     console = make_console(stderr=as_json)
+    require(EXECUTORS, executor, "executor")
     plan = make_plan(job, workers=workers)
     if dry_run and as_json:
         write_json(summaries.plan_data(plan))
@@ -105,7 +110,7 @@ def run(
         return
     with Interrupts() as interrupts:  # also while the last words are printed
         with reports.follow(console) as follow:
-            report = pool.run(plan, follow, redraw=redraw, interrupts=interrupts)
+            report = pool.run(plan, follow, redraw=redraw, interrupts=interrupts, executor=executor)
         if as_json:
             write_json(summaries.report_data(report))
         else:

@@ -359,7 +359,7 @@ def environment() -> dict[str, Any]:
     torch = torch_build()
     return {
         "golfbook": __version__,
-        "code_sha256": _code_sha256(),
+        "code_sha256": code_sha256(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages} | {"torch": torch.get("__version__", version("torch"))},
         "cuda": torch.get("cuda") or torch.get("hip"),
@@ -386,10 +386,13 @@ def exit_with_parent(cleanup: Callable[[], None] | None = None, interval: float 
     threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()
 
 
-def _code_sha256() -> str:
-    """Return one hash of the source files that a result can depend on, by name: editing a plot changes none."""
+def code_sha256(everything: bool = False) -> str:
+    """Return one hash of source files by name: those that a result can depend on, or of the whole library.
+
+    So editing a plot changes no result, but has the pictures drawn again.
+    """
     root = Path(__file__).parent
-    files = sorted(path for room in SCIENCE for path in root.glob(room))
+    files = sorted({path for room in (("**/*.py",) if everything else SCIENCE) for path in root.glob(room)})
     return sha256_bytes("".join(f"{f.relative_to(root).as_posix()} {sha256_file(f)}\n" for f in files).encode())
 
 

@@ -16,6 +16,10 @@ QUANTIZERS = {
     "percentiles": "compress.rowwise.percentiles",
     "row_maximum": "compress.rowwise.row_maximum",
 }
+# study.processes.Executor
+EXECUTORS = {
+    "processes": "study.processes.processes",
+}
 # evaluate.adaptation.Rule
 RULES = {
     "keep": "evaluate.adaptation.keep",

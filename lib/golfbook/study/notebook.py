@@ -1,8 +1,8 @@
 """One notebook, executed by papermill in a process of its own, with an end that can be trusted.
 
 Papermill changes the working folder of its whole process, and it marks the cells of a dead kernel as completed; so each
-notebook gets its own process (``python -m golfbook.study.pool stage ...``), and what counts is the exit status together
-with the result file the library wrote. The working folder of a notebook is ``notebooks/``, as in JupyterLab.
+notebook gets its own process (``python -m golfbook.study.notebook stage ...``), and what counts is the exit status
+together with the result file the library wrote. The working folder of a notebook is ``notebooks/``, as in JupyterLab.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from golfbook.files import (
     runs_root,
     sha256_file,
 )
-from golfbook.run import STAGE_NOTEBOOKS, Run, environment, exit_with_parent, open_run
+from golfbook.run import STAGE_NOTEBOOKS, Run, code_sha256, exit_with_parent, open_run
 from golfbook.study.plan import executed_notebook, notebook_path, stage_finished
 from golfbook.study.results import digest, rows
 from golfbook.study.writes import noted
@@ -94,7 +94,7 @@ def execute_figure(study: str, name: str, private: Path) -> None:
     """Execute a plotting notebook for a study and note what it was made from in ``figures.<name>.json``."""
     folder = runs_root() / study
     source, target = notebook_path(name), folder / "notebooks" / f"{name}.ipynb"
-    found, notebook, code = digest(rows(study)), sha256_file(source), environment()["code_sha256"]
+    found, notebook, code = digest(rows(study)), sha256_file(source), code_sha256(everything=True)
     written = private / "written.txt"
     watch = f"__import__('golfbook.study.writes').study.writes.note_writes({str(figures_root())!r}, {str(written)!r})"
     with activity.notebook(folder, f"figure {name}", activity.FIGURE):
@@ -321,3 +321,7 @@ def error_path(log: Path) -> Path:
 def stage_log(run: Run, stage: str) -> Path:
     """Log of the process that executes a stage's notebook."""
     return run.notebooks_path / f"{stage}.log"
+
+
+if __name__ == "__main__":
+    child_main(sys.argv[1:])

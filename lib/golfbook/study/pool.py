@@ -1,4 +1,4 @@
-"""Runs a plan: a bounded pool of subprocesses, one a stage, each of which executes one notebook by papermill.
+"""Runs a plan: a bounded pool of workers, each of which has one notebook after the other executed by papermill.
 
 A thread a worker takes the runs in order and starts their stages one after the other. What is finished is skipped, what
 failed is tried again by the next call, what was killed resumes; a failed run does not stop the others.
@@ -12,35 +12,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from golfbook.errors import RunError
-from golfbook.files import figures_root, folders, project_root, sha256_file
+from golfbook.config.tables import EXECUTORS, named
+from golfbook.files import figures_root, sha256_file
 from golfbook.machine import visible_gpus
-from golfbook.run import Run, create_run, environment, list_runs
+from golfbook.run import Run, code_sha256, create_run, list_runs
 from golfbook.study.estimates import uses_gpu
 from golfbook.study.interrupts import Interrupts
 from golfbook.study.notebook import (
-    child_main,
     describe_exit,
-    end_kernels,
     error_path,
     log_tail,
     note_failure,
-    private_folder,
     read_figure_record,
     stage_log,
 )
-from golfbook.study.plan import Plan, PlannedRun, notebook_path
+from golfbook.study.plan import Plan, notebook_path
+from golfbook.study.processes import Executor, Stage
 from golfbook.study.progress import Figure, Progress, Report, RunStatus, State, doing
 from golfbook.study.results import collect, digest, is_collected, note_seconds, note_variants, rows
 from golfbook.train import launcher
@@ -56,19 +50,21 @@ def run(
     *,
     redraw: bool = False,
     interrupts: Interrupts | None = None,
+    executor: str = "processes",
 ) -> Report:
     """Do what a plan asks for and is not done yet; then collect the results and execute the plotting notebooks.
 
     ``redraw`` leaves the runs as they are and executes every plotting notebook, also those whose pictures are current.
     ``on_progress`` is called several times a second. The first of ``interrupts`` (default: one's own) stops what is
     running: trainers save a checkpoint, all files are kept, and the report says so; a second one kills the trainers.
+    ``executor`` names where notebooks are executed, see :data:`golfbook.config.tables.EXECUTORS`.
     Raises :class:`RunError` where the runs folder cannot be written; failures of runs are in the report.
     """
     with contextlib.ExitStack() as stack:
         if interrupts is None:
             interrupts = stack.enter_context(Interrupts())
         job = _Job(plan, on_progress or (lambda progress: None), interrupts)
-        job.private = stack.enter_context(private_folder())
+        job.executor = stack.enter_context(named(EXECUTORS, executor)())
         try:
             if not redraw:
                 job.execute_runs()
@@ -83,9 +79,9 @@ def run(
 
 
 class _Job:
-    """The state of one call of :func:`run`: workers, their subprocesses, and the clock."""
+    """The state of one call of :func:`run`: workers, what they have in hand, and the clock."""
 
-    private: Path  # folder for the sockets of kernels
+    executor: Executor
 
     def __init__(self, plan: Plan, on_progress: Callable[[Progress], None], interrupts: Interrupts) -> None:
         self.plan = plan
@@ -95,8 +91,6 @@ class _Job:
         self.stopping = False
         self.notes: list[str] = []
         self.threads: list[threading.Thread] = []
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
-        self.guard = threading.Lock()
         note_variants(plan)  # first: a run folder whose variant was never noted would look like one made by hand
         for planned in plan.runs:
             create_run(plan.study, planned.variant, planned.config)
@@ -169,15 +163,12 @@ class _Job:
 
     def stop(self) -> None:
         """End all that is still in hand, in order; whatever it has written stays."""
-        with self.guard:
-            self.stopping = True  # from here on nothing is started
+        self.stopping = True
         asked = time.monotonic()
-        for process in list(self.processes.values()):
-            process.terminate()
+        self.executor.stop(hurry=False)
         while any(thread.is_alive() for thread in self.threads):
             if self._hurry() or time.monotonic() > asked + NOTEBOOK_SECONDS:
-                for process in list(self.processes.values()):
-                    process.kill()
+                self.executor.stop(hurry=True)
             with contextlib.suppress(Exception):  # where nobody sees it any more, the rest must end all the same
                 self._tell()
             time.sleep(POLL_SECONDS)
@@ -222,8 +213,10 @@ class _Job:
             status.state, status.stage, status.since = "running", stage, time.time()
             status.log = stage_log(planned.run, stage)
             before = planned.run.read_result(stage)
-            overrides = json.dumps(dict(planned.overrides))
-            code = self._spawn(status.log, planned, gpus, "stage", str(planned.path), stage, overrides)
+            arguments = (str(planned.path), stage, json.dumps(dict(planned.overrides)))
+            machine = planned.config.machine
+            mine = tuple(gpus[: machine.processes])
+            code = self.executor.submit(Stage("stage", arguments, status.log, machine.threads, mine))
             status.executed.append(stage)
             if self.stopping:
                 status.state = "stopped"
@@ -245,8 +238,9 @@ class _Job:
         figure.state = "running"
         figure.log = self.plan.folder / "notebooks" / f"{figure.name}.log"
         done: list[int] = []
-        log, first = figure.log, self.plan.runs[0]
-        worker = self._start(lambda: done.append(self._spawn(log, first, [], "figure", self.plan.study, figure.name)))
+        log, threads = figure.log, self.plan.runs[0].config.machine.threads
+        stage = Stage("figure", (self.plan.study, figure.name), log, threads)
+        worker = self._start(lambda: done.append(self.executor.submit(stage)))
         while worker.is_alive() and not self.interrupts.count:
             self._tell()
             worker.join(POLL_SECONDS)
@@ -261,47 +255,6 @@ class _Job:
             figure.state, figure.message = "failed", self._cause(log, done[0] if done else 1)
         self._tell()
 
-    def _spawn(self, log: Path, planned: PlannedRun, gpus: list[str], kind: str, *arguments: str) -> int:
-        """Start one notebook process and wait for it; returns its exit status."""
-        report = error_path(log)
-        private = Path(tempfile.mkdtemp(prefix="", dir=self.private))
-        command = [
-            sys.executable,
-            "-m",
-            "golfbook.study.pool",
-            kind,
-            str(os.getpid()),
-            str(report),
-            str(private),
-            *arguments,
-        ]
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            report.unlink(missing_ok=True)
-            with log.open("ab") as stream, self.guard:
-                if self.stopping:
-                    return 1
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                    env=_environment(planned, gpus),
-                    cwd=project_root(),
-                    start_new_session=True,  # Ctrl-C reaches this process alone, which stops the others in order
-                )
-                self.processes[process.pid] = process
-        except OSError as error:
-            raise RunError(
-                f"cannot write {log}: {error.strerror or error}; check free space and permissions"
-            ) from error
-        try:
-            return process.wait()
-        finally:
-            with self.guard:
-                del self.processes[process.pid]
-            end_kernels(private)
-
     def _cause(self, log: Path, code: int) -> str:
         try:
             return error_path(log).read_text(encoding="utf-8")
@@ -312,7 +265,7 @@ class _Job:
         executed = self.plan.folder / "notebooks" / f"{figure.name}.ipynb"
         return (
             record.get("results_sha256") == results
-            and record.get("code_sha256") == environment()["code_sha256"]
+            and record.get("code_sha256") == code_sha256(everything=True)
             and record.get("notebook_sha256") == sha256_file(notebook_path(figure.name))
             and executed.is_file()
             and all(path.is_file() for path in figure.outputs)
@@ -345,23 +298,3 @@ class _Job:
                 busy.append(f"{status.planned.name} {doing(status)}")
         busy += [f"figure {figure.name}" for figure in self.figures if figure.state == "running"]
         self.on_progress(Progress(fraction, left, seconds, tuple(busy)))
-
-
-def _environment(planned: PlannedRun, gpus: list[str]) -> dict[str, str]:
-    """Environment of a notebook process: the same folders whatever its working folder is, and the planned threads."""
-    threads = str(planned.config.machine.threads)
-    extra = {
-        **folders(),
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        launcher.JOB_VARIABLE: "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONIOENCODING": "utf-8",  # of the logs, whatever the terminal of this process can show
-    }
-    if gpus:
-        extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: planned.config.machine.processes])
-    return {**os.environ, **extra}
-
-
-if __name__ == "__main__":
-    child_main(sys.argv[1:])
