@@ -155,7 +155,7 @@ def test_batched_muon_equals_one_matrix_at_a_time(row_norm, kept, dtype, toleran
     idle = torch.nn.Parameter(torch.ones(6, 10))  # has no gradient
     names = {"muon_dtype": str(dtype)[6:], "muon_momentum_dtype": str(kept)[6:], "muon_row_norm": row_norm}
     rates = {"matrix_lr": 0.1, "muon_momentum": 0.9, "muon_weight_decay": 0.1}
-    plain = plain_muon.PlainMuon(start, TrainConfig(**names, **rates))
+    plain = plain_muon.PlainMuon(start, train_config(**names, **rates))
     optimizer = Muon(
         [*parameters, idle], lr=0.1, momentum=0.9, weight_decay=0.1, dtype=dtype, momentum_dtype=kept, row_norm=row_norm
     )
