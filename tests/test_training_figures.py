@@ -210,8 +210,8 @@ def test_averaging_and_warmdown_are_told_from_four_cells(
 def test_another_study_is_told_variant_by_variant(study: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     mine = study[0][study[0]["variant"].isin(["base", "adamw_lr_0.032", "muon_lr_0.05"])]
     table = mine[
-        ["variant", "seed", "val_bpb", "parameters", "train.optimizer.matrix_lr", "train.optimizer.matrix_optimizer"]
-    ].assign(train_seconds=30.0)
+        ["variant", "seed", "val_bpb", "train.optimizer.matrix_lr", "train.optimizer.matrix_optimizer"]
+    ].assign(train_seconds=30.0, parameters=1000)
     found = comparisons.findings(table)
     assert found[0].startswith("**adamw_lr_0.032 is worse than base.**") or "muon_lr_0.05" in found[0]
     assert len(found) == 2 and any(line.startswith("**muon_lr_0.05 is better than base.**") for line in found)
