@@ -45,7 +45,7 @@ import bench_training
 import bench_ttt_linear
 import plain_training
 
-from golfbook import compute
+from golfbook import compute, provenance
 from golfbook import run as runs
 from golfbook.config.load import load_config
 from golfbook.config.schema import Config
@@ -135,7 +135,7 @@ class Check:
 
     def machine(self) -> Values:
         """Name, versions and ceilings of what is checked."""
-        found = {**runs.environment(), "machine": platform.node(), "device": str(self.device)}
+        found = {**provenance.environment(), "machine": platform.node(), "device": str(self.device)}
         if self.device.type == "cuda":
             properties = torch.cuda.get_device_properties(self.device)
             found |= {

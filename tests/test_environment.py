@@ -110,7 +110,7 @@ def recorded(folder: Path, **environment: str) -> dict[str, str | None]:
     """What a result would say about torch, told by a process that must not import it."""
     code = """
 import json, sys
-from golfbook.run import provenance
+from golfbook.provenance import provenance
 print(json.dumps(provenance()))
 assert "torch" not in sys.modules
 """

@@ -14,7 +14,20 @@ import golfbook
 PACKAGE = Path(golfbook.__file__).parent
 # A room imports only from rooms above it in this list and from itself.
 ROOMS = [
-    *("errors", "files", "activity", "machine", "config", "run", "compute", "data", "model", "published", "evaluate"),
+    *(
+        "errors",
+        "files",
+        "activity",
+        "machine",
+        "config",
+        "provenance",
+        "run",
+        "compute",
+        "data",
+        "model",
+        "published",
+        "evaluate",
+    ),
     *("compress", "train", "plain", "study", "analysis", "plots", "panels", "exercises", "terminal", "reports", "cli"),
 ]
 MODULES = sorted(

@@ -13,26 +13,22 @@ import contextlib
 import functools
 import json
 import os
-import platform
 import re
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 from filelock import FileLock, Timeout
 
-from golfbook import __version__, activity
+from golfbook import activity
 from golfbook.config.load import check_parameters, load_config, validate
 from golfbook.config.schema import Config
 from golfbook.errors import ConfigError, GolfbookError, RunError
-from golfbook.files import atomic_write_json, project_root, runs_root, sha256_bytes, sha256_file
-from golfbook.machine import torch_build
+from golfbook.files import atomic_write_json, runs_root, sha256_file
+from golfbook.provenance import environment, provenance
 
 STAGE_NOTEBOOKS = {
     "training": "03_training",
@@ -41,11 +37,6 @@ STAGE_NOTEBOOKS = {
 }
 STAGES = tuple(STAGE_NOTEBOOKS)
 SCHEMA_VERSION = 1
-# Sources that a result can depend on; what plans, plots and shows is not among them.
-SCIENCE = (
-    *("activity.py", "compute.py", "errors.py", "files.py", "machine.py", "run.py", "study/stages.py"),
-    *(f"{name}/*.py" for name in ("config", "data", "model", "published", "evaluate", "compress", "train")),
-)
 State = Literal["done", "failed", "stale", "missing"]
 
 
@@ -328,50 +319,6 @@ def _identify(folder: Path) -> Run | str:
     return f"its name does not end in {ending}, as its config.json asks: renamed, or of an older version"
 
 
-def provenance() -> dict[str, Any]:
-    """The part of :func:`environment` that every result carries: what made it."""
-    found = environment()
-    names = ("golfbook", "code_sha256", "git_commit", "git_dirty", "python", "processor", "cuda")
-    return {name: found[name] for name in names} | {"torch": found["packages"]["torch"]}
-
-
-@functools.cache
-def environment() -> dict[str, Any]:
-    """Versions, hardware and commit: what a result must be compared under."""
-
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(project_root()), *arguments], capture_output=True, text=True, timeout=20, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    packages = ("numpy", "scipy", "sentencepiece", "safetensors", "pydantic", "papermill", "pandas")
-    changes = git("status", "--porcelain")
-    torch = torch_build()
-    return {
-        "golfbook": __version__,
-        "code_sha256": code_sha256(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages} | {"torch": torch.get("__version__", version("torch"))},
-        "cuda": torch.get("cuda") or torch.get("hip"),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": None if changes is None else bool(changes),
-    }
-
-
 def exit_with_parent(cleanup: Callable[[], None] | None = None, interval: float = 0.5) -> None:
     """End this process soon after its parent has died, so that ``kill -9`` of a launcher leaves no orphan at work."""
     parent = os.getppid()
@@ -384,24 +331,6 @@ def exit_with_parent(cleanup: Callable[[], None] | None = None, interval: float 
         os._exit(3)
 
     threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()
-
-
-def code_sha256(everything: bool = False) -> str:
-    """Return one hash of source files by name: those that a result can depend on, or of the whole library.
-
-    So editing a plot changes no result, but has the pictures drawn again.
-    """
-    root = Path(__file__).parent
-    files = sorted({path for room in (("**/*.py",) if everything else SCIENCE) for path in root.glob(room)})
-    return sha256_bytes("".join(f"{f.relative_to(root).as_posix()} {sha256_file(f)}\n" for f in files).encode())
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _cached_sha256(path: Path) -> str:

@@ -19,7 +19,8 @@ from golfbook.config.schema import Config, DataConfig
 from golfbook.errors import GolfbookError
 from golfbook.files import read_json, resolve, runs_root
 from golfbook.machine import available_cores, visible_gpus
-from golfbook.run import STAGES, environment
+from golfbook.provenance import environment
+from golfbook.run import STAGES
 
 CPU_SPEED = 4e10  # operations a second and thread of the quickstart on a server core; slower cores reach a third
 GPU_SPEED = 5e13  # operations a second and GPU

@@ -34,7 +34,8 @@ from golfbook.files import (
     runs_root,
     sha256_file,
 )
-from golfbook.run import STAGE_NOTEBOOKS, Run, code_sha256, exit_with_parent, open_run
+from golfbook.provenance import code_sha256
+from golfbook.run import STAGE_NOTEBOOKS, Run, exit_with_parent, open_run
 from golfbook.study.plan import executed_notebook, notebook_path, stage_finished
 from golfbook.study.results import digest, rows
 from golfbook.study.writes import noted

@@ -22,7 +22,8 @@ from typing import Any
 from golfbook.config.tables import EXECUTORS, named
 from golfbook.files import figures_root, sha256_file
 from golfbook.machine import visible_gpus
-from golfbook.run import Run, code_sha256, create_run, list_runs
+from golfbook.provenance import code_sha256
+from golfbook.run import Run, create_run, list_runs
 from golfbook.study.estimates import uses_gpu
 from golfbook.study.interrupts import Interrupts
 from golfbook.study.notebook import (

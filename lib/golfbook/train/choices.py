@@ -12,7 +12,6 @@ import contextlib
 import functools
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -30,6 +29,7 @@ from golfbook.errors import GolfbookError
 from golfbook.files import atomic_write_json, cache_root, canonical_json, read_json, sha256_bytes
 from golfbook.model import attention
 from golfbook.model.gpt import GPT, initialise
+from golfbook.provenance import processor
 from golfbook.run import Run
 from golfbook.train.step import TrainingStep
 
@@ -200,7 +200,7 @@ def describe(choices: Choices) -> list[str]:
 def identity(device: torch.device) -> dict[str, str]:
     """Everything that decides which candidate is fastest: processor, torch and its libraries, switches."""
     found = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(exactly=True),
         "torch": torch.__version__,
         "libraries": sha256_bytes(torch.__config__.show().encode())[:10],  # MKL, oneDNN, CUDA and their releases
         "vector_units": torch.backends.cpu.get_cpu_capability(),
@@ -269,18 +269,6 @@ def _clock(device: torch.device) -> Callable[[], float]:
         return time.perf_counter()
 
     return synchronized
-
-
-def _processor() -> str:
-    """Vendor, family, model, stepping and flags: names such as "AMD EPYC" stand for several generations."""
-    with contextlib.suppress(OSError):
-        block = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
-        if "flags" in facts:
-            flags = sha256_bytes(facts["flags"].encode())[:10]
-            names = ("model name", "cpu family", "model", "stepping")
-            return ", ".join([*(facts.get(name, "") for name in names), f"flags {flags}"])
-    return platform.processor() or platform.machine()
 
 
 def _products(device: torch.device) -> dict[str, Call]:
