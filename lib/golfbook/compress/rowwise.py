@@ -115,7 +115,7 @@ def quantize_other(weight: Tensor, bits: int, *, scale_floor: bool = True) -> tu
 
 
 def row_quantiles(matrix: Tensor, quantiles: Sequence[float]) -> Tensor:
-    """``torch.quantile`` of each row of a float32 matrix, to the bit, shape (quantiles, rows); fast near quantile 1.
+    """Return ``torch.quantile`` of a float32 matrix's rows to the bit, shape (quantiles, rows); fast near quantile 1.
 
     Only the largest values of a row are sorted, two or three of them for the published percentiles.
     """

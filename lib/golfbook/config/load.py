@@ -35,7 +35,7 @@ SCALES = PRESETS / "scales"
 
 
 def preset_names() -> list[str]:
-    """Names of the presets that ship with the package."""
+    """List the presets that ship with the package."""
     return _yaml_names(PRESETS)
 
 
@@ -122,7 +122,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """All dotted keys of the configuration tree."""
+    """List all dotted keys of the configuration tree."""
     found: list[str] = []
     for name, info in section.model_fields.items():
         kind = info.annotation
@@ -134,7 +134,7 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 
 def scale_names() -> list[str]:
-    """Names of the scales that fit every preset."""
+    """List the scales that fit every preset."""
     return ["published", *_yaml_names(SCALES)]
 
 
@@ -151,7 +151,7 @@ def _read_preset(name: str, path: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _extended(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
-    """``tree`` laid over the preset it extends, if it names one."""
+    """Lay ``tree`` over the preset it extends, if it names one."""
     own = {key: value for key, value in tree.items() if key != "extends"}
     if "extends" not in tree:
         return own

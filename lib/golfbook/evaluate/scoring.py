@@ -163,7 +163,7 @@ def summarize(nll: NDArray[Any], total_bytes: int) -> dict[str, float | int]:
 
 
 def _read_length(model: GPT, windows: Windows, window: int) -> int:
-    """Positions that a pass must compute: those of the longest window, in whole mini-batches of TTT-Linear."""
+    """Return the positions a pass must compute: those of the longest window, in whole mini-batches of TTT-Linear."""
     refiner = model.config.ttt_linear
     batch = refiner.mini_batch if refiner.enabled else 1
     longest = int((windows.stop - windows.starts).max())

@@ -82,7 +82,7 @@ def load_published(
 
 
 def published_state(model: GPT, system: str, *, banked: bool | None = None) -> dict[str, Tensor]:
-    """The model's tensors under a system's own names, order, shapes and storage dtypes.
+    """Return the model's tensors under a system's own names, order, shapes and storage dtypes.
 
     ``banked`` stacks the matrices of all layers as PR 1166 and PR 1406 do; by default it follows the system.
     """
@@ -93,7 +93,7 @@ def published_state(model: GPT, system: str, *, banked: bool | None = None) -> d
 
 
 def system_name(system: str) -> str:
-    """Canonical name of a published system; raises :class:`CheckpointError` for an unknown one."""
+    """Return the canonical name of a published system; raises :class:`CheckpointError` for an unknown one."""
     digits = re.fullmatch(r"(?:pr|s)?[ _#]?(\d{4})(?:_.*)?", system.lower())
     name = f"pr{digits[1]}" if digits else system
     if name not in PRESETS:
@@ -168,14 +168,14 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def _load(data: bytes) -> Any:
-    """Content of an unpacked file: safetensors (a length, then JSON), or what torch wrote."""
+    """Load the content of an unpacked file: safetensors (a length, then JSON), or what torch wrote."""
     if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8:
         return safetensors.torch.load(data)
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without what wrappers put before all their names, such as ``_orig_mod.`` or ``module.``."""
+    """Return the tensors without what wrappers put before all their names, such as ``_orig_mod.`` or ``module.``."""
     prefix = next((key for key in state if key.endswith("tok_emb.weight")), "").removesuffix("tok_emb.weight")
     other = [key for key in state if not key.startswith(prefix)]
     if other:
@@ -186,7 +186,7 @@ def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_config(state: Mapping[str, Tensor], system: str, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """The model section a published, unbanked state dict belongs to; see :func:`load_published`."""
+    """Infer the model section a published, unbanked state dict belongs to; see :func:`load_published`."""
     if not any(key.startswith("blocks.") for key in state) or "tok_emb.weight" not in state:
         raise CheckpointError(
             f"this is no state dict of {system}: no 'tok_emb.weight' or no blocks; has {_some(state)}"

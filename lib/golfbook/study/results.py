@@ -72,12 +72,12 @@ REFERENCE_COLUMNS = (  # of results.csv, after the settings; those a study does 
 
 
 def studies() -> list[str]:
-    """Names of all studies that hold at least one run."""
+    """List all studies that hold at least one run."""
     return sorted({path.parent.parent.name for path in runs_root().glob("*/*/config.json")})
 
 
 def current_runs(study: str) -> list[Run]:
-    """Runs of a study, without those of variants that its job file no longer has.
+    """List the runs of a study, without those of variants that its job file no longer has.
 
     A job notes which configuration each of its variants has. When a variant of a job file is edited, renamed or
     removed, its runs stay on the disk but are no longer part of the study; further seeds of a variant are, and so are
@@ -92,7 +92,7 @@ def current_runs(study: str) -> list[Run]:
 
 
 def rows(study: str) -> list[dict[str, Any]]:
-    """One flat mapping a run: identity, state of each stage, results of finished stages, environment.
+    """Return one flat mapping a run: identity, state of each stage, results of finished stages, environment.
 
     A result keeps its name (``artifact_bytes``); where stages report different values under one name it is prefixed
     (``training_val_bpb``). Results of stale or failed stages are left out. Where one name stands for several
@@ -150,7 +150,7 @@ def finished(study: str) -> tuple[pd.DataFrame, list[str]]:
 
 
 def digest(found: Iterable[Mapping[str, Any]]) -> str:
-    """SHA-256 of collected rows: what a figure was made from."""
+    """Return the SHA-256 of collected rows: what a figure was made from."""
     return sha256_bytes(canonical_json(list(found)).encode())
 
 
@@ -181,12 +181,12 @@ def collect(study: str) -> pd.DataFrame:
 
 
 def reference_folder(study: str) -> Path:
-    """Where the small committed tables of a study lie: ``<project>/runs/reference/<study>``."""
+    """Return where the small committed tables of a study lie: ``<project>/runs/reference/<study>``."""
     return project_root() / "runs" / "reference" / study
 
 
 def reference_tables(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The results of a study that are worth keeping, as ``(results, curves)``, from its run folders.
+    """Return the results of a study that are worth keeping, as ``(results, curves)``, from its run folders.
 
     ``results`` has a row for each run that finished the last stage any run of the study has finished: ``variant``,
     ``seed``, ``config_hash``, a column for every setting in which runs of the study differ, named like
@@ -242,13 +242,13 @@ def export_reference(study: str) -> tuple[list[Path], int]:
 
 
 def is_collected(study: str, found: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether the parquet files on the disk hold exactly these rows."""
+    """Return whether the parquet files on the disk hold exactly these rows."""
     files = [runs_root() / study / f"{name}.parquet" for name in ("results", "metrics")]
     return all(path.is_file() for path in files) and read_record(study).get("results_sha256") == digest(found)
 
 
 def read_record(study: str) -> dict[str, Any]:
-    """What jobs have noted about a study: the variants of each job file, those it had before (``former``), and the
+    """Read what jobs have noted about a study: the variants of each job file, those it had before (``former``), and the
     hash of the last collection.
     """
     return read_json(runs_root() / study / RECORD)
@@ -304,7 +304,7 @@ def _label(variant: str, configuration: str) -> str:
 
 
 def _labels(runs: Iterable[Run]) -> dict[Path, str]:
-    """The name of each run's variant; with its hash where the same name stands for several configurations."""
+    """Return the name of each run's variant; with its hash where the same name stands for several configurations."""
     hashes: dict[str, set[str]] = {}
     for run in runs:
         hashes.setdefault(run.variant, set()).add(variant_hash(run.config))
@@ -315,7 +315,7 @@ def _labels(runs: Iterable[Run]) -> dict[Path, str]:
 
 
 def _ambiguous(results: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """Names under which the stages of one run report different values."""
+    """Return the names under which the stages of one run report different values."""
     seen: dict[str, Any] = {}
     pairs = [pair for values in results.values() for pair in values.items()]
     return {name for name, value in pairs if seen.setdefault(name, value) != value}

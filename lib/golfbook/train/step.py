@@ -80,7 +80,7 @@ class TrainingStep:
         self.warmup_seconds = 0.0
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss in nats in the precision of training: ``inputs`` and ``targets`` (rows, T) int64 on the device."""
+        """Compute the mean loss, nats, in training's precision; ``inputs``, ``targets``: (rows, T) int64, on the device."""
         with self._autocast():
             return self.module(inputs, targets)
 
@@ -146,7 +146,7 @@ class TrainingStep:
         return contextlib.nullcontext()
 
     def _explain(self, norm: Tensor, inputs: Tensor, targets: Tensor) -> str:
-        """Which tensor the trouble of this batch starts in."""
+        """Say which tensor the trouble of this batch starts in."""
 
         parts = self.config.train.micro_batches
 
@@ -217,5 +217,5 @@ class TrainingStep:
 
 
 def compiled_graphs() -> int:
-    """How many graphs torch.compile has made in this process: it must not grow after the warm-up."""
+    """Count the graphs torch.compile has made in this process: it must not grow after the warm-up."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
