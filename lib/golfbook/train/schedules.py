@@ -48,7 +48,7 @@ def _warmdown_left(step: int, config: TrainConfig, elapsed: float | None, mean_s
 
 
 def muon_momentum(step: int, config: TrainConfig) -> float:
-    """Return Muon's momentum: linear from ``muon_momentum_start`` to ``muon_momentum`` over a warm-up (section 14.2)."""
+    """Return Muon's momentum: linear from ``muon_momentum_start`` to ``muon_momentum`` at warm-up (section 14.2)."""
     warmup = config.optimizer.muon_momentum_warmup_steps
     done = min(step / warmup, 1.0) if warmup else 1.0
     return (1 - done) * config.optimizer.muon_momentum_start + done * config.optimizer.muon_momentum

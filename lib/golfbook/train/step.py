@@ -80,7 +80,7 @@ class TrainingStep:
         self.warmup_seconds = 0.0
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Compute the mean loss, nats, in training's precision; ``inputs``, ``targets``: (rows, T) int64, on the device."""
+        """Compute the mean loss in nats, as training does: ``inputs`` and ``targets`` (rows, T) int64 on the device."""
         with self._autocast():
             return self.module(inputs, targets)
 
