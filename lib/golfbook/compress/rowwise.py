@@ -12,14 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from golfbook.compress.quantizer import (
-    QuantizedTensor,
-    Statistics,
-    check_range,
-    finite,
-    stored_as,
-    unquantized,
-)
+from golfbook.compress.quantizer import QuantizedTensor, Statistics, check_range, finite, stored_as, unquantized
 from golfbook.config.schema import QuantizeConfig
 from golfbook.model.component import Storage
 

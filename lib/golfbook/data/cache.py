@@ -15,14 +15,7 @@ from filelock import FileLock
 
 from golfbook import activity
 from golfbook.errors import DataError, RunError
-from golfbook.files import (
-    atomic_path,
-    atomic_write_json,
-    cache_root,
-    canonical_json,
-    sha256_bytes,
-    sha256_file,
-)
+from golfbook.files import atomic_path, atomic_write_json, cache_root, canonical_json, sha256_bytes, sha256_file
 
 log = logging.getLogger(__name__)
 

@@ -37,13 +37,7 @@ from golfbook.data.tokenizer import (
     train_tokenizer,
 )
 from golfbook.errors import ByteAccountingError, DataError
-from golfbook.files import (
-    atomic_path,
-    cache_root,
-    resolve,
-    sha256_bytes,
-    sha256_file,
-)
+from golfbook.files import atomic_path, cache_root, resolve, sha256_bytes, sha256_file
 
 FORMAT = 2  # raise it whenever equal inputs give another dataset
 SHARD_TOKENS = 100_000_000

@@ -26,14 +26,7 @@ from golfbook.provenance import code_sha256
 from golfbook.run import Run, create_run, list_runs
 from golfbook.study.estimates import uses_gpu
 from golfbook.study.interrupts import Interrupts
-from golfbook.study.notebook import (
-    describe_exit,
-    error_path,
-    log_tail,
-    note_failure,
-    read_figure_record,
-    stage_log,
-)
+from golfbook.study.notebook import describe_exit, error_path, log_tail, note_failure, read_figure_record, stage_log
 from golfbook.study.plan import Plan, notebook_path
 from golfbook.study.processes import Executor, Stage
 from golfbook.study.progress import Figure, Progress, Report, RunStatus, State, doing

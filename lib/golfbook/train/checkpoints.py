@@ -33,11 +33,7 @@ Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
 def save_checkpoint(
-    path: Path,
-    model: nn.Module,
-    average: WeightAverage,
-    optimizers: Optimizers,
-    progress: Mapping[str, Any],
+    path: Path, model: nn.Module, average: WeightAverage, optimizers: Optimizers, progress: Mapping[str, Any]
 ) -> None:
     """Write everything a run needs to go on, atomically; ``progress`` is JSON-like (step, position, times)."""
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}

@@ -50,10 +50,7 @@ def iteration_coefficients(steps: int, coefficients: Coefficients = "quintic") -
 
 
 def newton_schulz(
-    matrices: Tensor,
-    steps: int = 5,
-    dtype: torch.dtype = torch.bfloat16,
-    coefficients: Coefficients = "quintic",
+    matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16, coefficients: Coefficients = "quintic"
 ) -> Tensor:
     """Approximate ``U V^T`` of each matrix ``U S V^T`` in ``matrices`` (..., rows, columns).
 

@@ -15,10 +15,7 @@ from golfbook.config.schema import TrainConfig
 
 
 def lr_scale(
-    step: int,
-    config: TrainConfig,
-    elapsed_seconds: float | None = None,
-    mean_step_seconds: float | None = None,
+    step: int, config: TrainConfig, elapsed_seconds: float | None = None, mean_step_seconds: float | None = None
 ) -> float:
     """Return the multiplier of every base rate, between 0 and 1: the smaller one of warm-up and warmdown.
 
