@@ -124,10 +124,10 @@ def products_are_exact(library: Products) -> bool:
     return max(errors) < EXACT
 
 
-def product_ceiling(device: torch.device, precision: str, size: int = 0, seconds: float = 0.1) -> float:
+def product_ceiling(device: torch.device, precision: str, size: int = 0) -> float:
     """Return the operations a second of the fastest square matrix product here: what MFU is measured against.
 
-    ``size`` is the side (0: the best of 256, 512 and 1024 on a CPU, of 8192 on a GPU); each gets ``seconds``. Uses the
+    ``size`` is the side (0: the best of 256, 512 and 1024 on a CPU, of 8192 on a GPU); each gets 0.1 s. Uses the
     threads and libraries that are set. One thread of a CPU is timed by its own clock, which stands still while others
     have the core: a ceiling taken beside them would be too low, and training would seem to exceed it. The numbers are
     random: a GPU multiplies equal ones faster, which no training does.
@@ -140,7 +140,7 @@ def product_ceiling(device: torch.device, precision: str, size: int = 0, seconds
         shape, dtype = (side, side), getattr(torch, precision)
         a, b = (torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(2))
         times: list[float] = []
-        end = time.perf_counter() + seconds
+        end = time.perf_counter() + 0.1
         while len(times) < 3 or time.perf_counter() < end:
             started = clock()
             torch.mm(a, b)

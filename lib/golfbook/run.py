@@ -27,7 +27,7 @@ from golfbook import activity
 from golfbook.config.load import check_parameters, load_config, validate
 from golfbook.config.schema import Config
 from golfbook.errors import ConfigError, GolfbookError, RunError
-from golfbook.files import atomic_write_json, runs_root, sha256_file
+from golfbook.files import atomic_write_json, read_json, runs_root, sha256_file
 from golfbook.provenance import environment, provenance
 
 STAGE_NOTEBOOKS = {
@@ -54,12 +54,12 @@ class Run:
 
     @property
     def study(self) -> str:
-        """Name of the study: the parent folder."""
+        """Return the name of the study: the parent folder."""
         return self.path.parent.name
 
     @property
     def variant(self) -> str:
-        """Name of the variant, the first part of the folder name."""
+        """Return the name of the variant, the first part of the folder name."""
         return self.path.name.rsplit("-", 2)[0]
 
     @property
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def tokenizer_path(self) -> Path:
-        """Copy of the SentencePiece model this run was made with."""
+        """Return the path of a copy of the SentencePiece model this run was made with."""
         return self.path / "tokenizer.model"
 
     @property
@@ -127,11 +127,7 @@ class Run:
 
     def read_result(self, stage: str) -> dict[str, Any] | None:
         """Read a stage's result file; None where there is none or it is unreadable."""
-        try:
-            value = json.loads(self.result_path(stage).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return value if isinstance(value, dict) else None
+        return read_json(self.result_path(stage)) or None
 
     def state(self, stage: str) -> State:
         """Return ``done``, ``failed``, ``stale`` (something it read or wrote has changed since) or ``missing``.
@@ -319,13 +315,13 @@ def _identify(folder: Path) -> Run | str:
     return f"its name does not end in {ending}, as its config.json asks: renamed, or of an older version"
 
 
-def exit_with_parent(cleanup: Callable[[], None] | None = None, interval: float = 0.5) -> None:
+def exit_with_parent(cleanup: Callable[[], None] | None = None) -> None:
     """End this process soon after its parent has died, so that ``kill -9`` of a launcher leaves no orphan at work."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(interval)
+            time.sleep(0.5)
         if cleanup is not None:
             cleanup()
         os._exit(3)

@@ -200,9 +200,8 @@ def _explain(error: ValidationError) -> str:
         elif item["type"] == "value_error":
             lines.append(str(item["msg"]).removeprefix("Value error, "))
         elif isinstance(given, str) and item["type"] in ("float_type", "int_type", "float_parsing", "int_parsing"):
-            hint = ""
-            if _is_number(given):
-                hint = f"; YAML reads '{given}' as text: write {_yaml_number(given, item['type'])}"
+            number = _yaml_number(given, item["type"])
+            hint = f"; YAML reads '{given}' as text: write {number}" if number else ""
             lines.append(f"{key}: expected a number, got the text '{given}'{hint}")
         elif item["type"] == "less_than_equal" and item["ctx"]["le"] == LARGEST:
             lines.append(f"{key}: must be at most 2**63 - 1 ({LARGEST}), or no table could hold it, got {given!r}")
@@ -211,14 +210,10 @@ def _explain(error: ValidationError) -> str:
     return "wrong configuration: " + "; ".join(dict.fromkeys(lines))
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _yaml_number(text: str, kind: str) -> str:
-    value = float(text)
+    """Return how to write a number that YAML reads as text; empty where it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return ""
     return str(int(value)) if kind.startswith("int") and value.is_integer() else repr(value)

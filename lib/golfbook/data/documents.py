@@ -107,7 +107,7 @@ def read_documents(path: str | Path, text_field: str = "text") -> list[str]:
     return [text for file in text_files(path) for text in _read(file, text_field)]
 
 
-def read_corpus(path: str | Path, text_field: str = "text") -> list[str]:
+def read_corpus(path: str | Path, text_field: str) -> list[str]:
     """Read as :func:`read_documents` does, but with .txt files of more than 20,000 characters cut at blank lines."""
     documents = []
     for file in text_files(path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import json
 import os
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from golfbook.errors import DataError
-from golfbook.files import atomic_write_json
+from golfbook.files import atomic_write_json, read_json
 
 REPOSITORY = "willdepueoai/parameter-golf"
 SHARD_FOLDER = "datasets/datasets/fineweb10B_sp1024"
@@ -125,7 +124,7 @@ def fetch(url: str, target: Path, file: RemoteFile, progress: Any = None) -> Non
 def _complete(folder: Path, train_shards: int) -> FineWeb | None:
     """Return the files, if all that are needed were downloaded before, with the sizes noted then."""
     try:
-        note = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+        note = read_json(folder / "source.json")
         names = _needed(note["listed"], train_shards)
         if any((folder / name).stat().st_size != note["files"][name]["bytes"] for name in names):
             return None

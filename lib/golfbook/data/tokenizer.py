@@ -24,9 +24,7 @@ from golfbook.files import atomic_write_bytes, sha256_bytes
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 BATCH = 512  # documents encoded or decoded in one call
-TRAINING_CHARACTERS = (
-    20_000_000  # a tokenizer learns from this many characters at most: more changes no merge that matters
-)
+TRAINING_CHARACTERS = 20_000_000  # a tokenizer learns from so many at most: more change no merge that matters
 LINE_CHARACTERS = 4096  # longer lines are learnt from in pieces of this length: the trainer limits the length of a word
 
 Array = np.ndarray[Any, Any]

@@ -37,12 +37,12 @@ class Flops:
 
     @property
     def training(self) -> float:
-        """Forward and backward, all components."""
+        """Add up all components, forward and backward."""
         return sum(self.forward.values()) + sum(self.backward.values())
 
     @property
     def inference(self) -> float:
-        """Forward, all components."""
+        """Add up all components, forward."""
         return sum(self.forward.values())
 
     def __truediv__(self, tokens: float) -> Flops:
@@ -77,9 +77,9 @@ def per_token(model: ModelConfig, length: int, *, causal: bool = False, training
     return per_sequence(model, length, causal=causal, training=training) / length
 
 
-def scoring(model: ModelConfig, window: int, stride: int, *, causal: bool = False) -> float:
+def scoring(model: ModelConfig, window: int, stride: int) -> float:
     """Count the operations a target in sliding windows: a window for ``stride`` targets, the head for them only."""
-    parts = dict(per_sequence(exported(model), window, causal=causal, training=False).forward)
+    parts = dict(per_sequence(exported(model), window, training=False).forward)
     head = parts.pop("head")
     return sum(parts.values()) / stride + head / window
 
@@ -103,9 +103,8 @@ def activation_bytes(model: ModelConfig, tokens: int, dtype: torch.dtype = torch
 
 @functools.lru_cache(maxsize=256)
 def _saved_line(model: ModelConfig, dtype: torch.dtype) -> tuple[int, float]:
-    length = (
-        GROUP * model.ttt_linear.mini_batch if model.ttt_linear.enabled else 512
-    )  # few mini-batches: they are steps
+    # few mini-batches: they are steps
+    length = GROUP * model.ttt_linear.mini_batch if model.ttt_linear.enabled else 512
     if length == model.vocab_size:
         length *= 2
     kept = _saved(model, 1, length, dtype)

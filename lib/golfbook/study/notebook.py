@@ -305,13 +305,13 @@ def describe_exit(code: int) -> str:
     return f"the process ended with status {code}"
 
 
-def log_tail(path: Path, lines: int = 5) -> str:
-    """Read the last lines of a log file, indented, for messages; empty where there is none."""
+def log_tail(path: Path) -> str:
+    """Read the last five lines of a log file, indented, for messages; empty where there is none."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    return "".join(f"\n    {line}" for line in text.strip().splitlines()[-lines:])
+    return "".join(f"\n    {line}" for line in text.strip().splitlines()[-5:])
 
 
 def error_path(log: Path) -> Path:
@@ -320,7 +320,7 @@ def error_path(log: Path) -> Path:
 
 
 def stage_log(run: Run, stage: str) -> Path:
-    """Log of the process that executes a stage's notebook."""
+    """Return the log of the process that executes a stage's notebook."""
     return run.notebooks_path / f"{stage}.log"
 
 

@@ -32,16 +32,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ENVELOPE = (
-    "schema_version",
-    "stage",
-    "status",
-    "preset",
-    "variant",
-    "seed",
-    "config_hash",
-    "reads",
-    "writes",
-    "environment",
+    *("schema_version", "stage", "status", "preset", "variant", "seed", "config_hash"),
+    *("reads", "writes", "environment"),
 )
 PREFIXED = ("val_bpb", "val_loss", "finished_at")  # several stages report them: never without the stage's name
 PROVENANCE = {  # column: key of a result's environment
@@ -57,16 +49,8 @@ RECORD = "job.json"
 REFERENCE_COLUMNS = (  # of results.csv, after the settings; those a study does not have are left out
     *("test_time_training_val_bpb", "contiguous_val_bpb", "quantization_val_bpb", "training_val_bpb", "float_val_bpb"),
     *("unigram_bpb", "artifact_bytes", "code_bytes", "total_bytes", "parameters", "steps", "tokens_seen"),
-    *(
-        "train_seconds",
-        "peak_memory_bytes",
-        "precision",
-        "products",
-        "attention",
-        "device",
-        "weights",
-        "dataset_fingerprint",
-    ),
+    *("train_seconds", "peak_memory_bytes", "precision", "products", "attention", "device", "weights"),
+    *("dataset_fingerprint",),
     *("golfbook_version", "torch_version", "git_commit", "git_dirty", "code_sha256", "processor"),
 )
 
@@ -141,9 +125,7 @@ def finished(study: str) -> tuple[pd.DataFrame, list[str]]:
         raise RunError(f"study '{study}' has no finished run yet; golfbook run papermill_jobs/{study}.yaml makes them")
     if waiting:
         left = f"{len(waiting)} of {len(found)} runs are not finished and left out; run the job again to finish them:"
-        states = (
-            f"{row['variant']}, seed {row['seed']}: {row['stage']} {row[row['stage'] + '_state']}" for row in waiting
-        )
+        states = (f"{r['variant']}, seed {r['seed']}: {r['stage']} {r[r['stage'] + '_state']}" for r in waiting)
         notes += [left, *(f"  {state}" for state in states)]
     table = pd.DataFrame([row for i, row in enumerate(found) if not undone[i]])
     return table.rename(columns={f"{STAGES[-1]}_val_bpb": "val_bpb"}), notes

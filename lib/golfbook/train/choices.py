@@ -309,7 +309,7 @@ def _attention(device: torch.device, dtype: torch.dtype, training: bool, length:
 
 
 def _step(length: str, precision: str, device: torch.device) -> Call:
-    """Forward and backward pass of the quickstart on short sequences, of one published layer on long ones."""
+    """Return a forward and backward pass of the quickstart on short sequences, of one published layer on long ones."""
     overrides: dict[str, Any] = {"machine.precision": precision}
     if length == "long":
         overrides |= {"model.num_layers": 1, "model.xsa": 1, "model.value_embedding.layers": [0]}

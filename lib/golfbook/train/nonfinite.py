@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def first_nonfinite(named: Iterable[tuple[str, Tensor | None]]) -> str:
-    """Name of the first tensor that holds NaN or infinity and how many of its values do; empty where all are finite."""
+    """Return the name of the first tensor with NaN or infinity, and how many of its values are; empty without one."""
     for name, tensor in named:
         if tensor is None or not tensor.is_floating_point():
             continue

@@ -114,10 +114,9 @@ class TrainingStep:
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             if check and not math.isfinite(norm.item()):
                 raise RunError(self._explain(norm, inputs, targets))
-        if (
-            self.config.train.optimizer.grad_clip
-        ):  # after averaging, so that the step does not depend on the number of processes
-            torch.nn.utils.clip_grads_with_norm_(trained, self.config.train.optimizer.grad_clip, norm)
+        clip = self.config.train.optimizer.grad_clip
+        if clip:  # after averaging, so that the step does not depend on the number of processes
+            torch.nn.utils.clip_grads_with_norm_(trained, clip, norm)
         for optimizer in self.optimizers.values():
             optimizer.step()
         return loss
