@@ -199,7 +199,7 @@ def test_safetensors_and_the_prefixes_of_wrappers(tmp_path):
 
 
 def test_wrong_systems_keys_and_shapes_are_listed():
-    state = published_state(tiny("pr1166_e2e_ttt_flow"), "pr1166", banked=False)
+    state = unbank(published_state(tiny("pr1166_e2e_ttt_flow"), "pr1166"))
     with pytest.raises(CheckpointError, match=r"unknown system 'pr1167'; did you mean 'pr"):
         load_published(state, "pr1167")
     bad = {k: v for k, v in state.items() if k != "blocks.2.mlp.fc.weight"} | {"surplus": torch.zeros(3)}

@@ -22,7 +22,7 @@ _doing, _tenths = NOTEBOOK, 0
 
 
 def record_in(folder: Path | None, what: str = NOTEBOOK) -> None:
-    """From now on note what this process does in ``folder`` (None: nowhere), beginning with ``what``."""
+    """Note from now on what this process does in ``folder`` (None: nowhere), beginning with ``what``."""
     global _folder
     _folder = folder
     doing(what)
@@ -64,7 +64,7 @@ def notebook(folder: Path, stage: str, what: str = STARTING) -> Iterator[None]:
 
 
 def now(folder: Path, since: float) -> str:
-    """What is being done in a folder, such as ``scoring 40%``; empty where nothing was noted since a time."""
+    """Say what is being done in a folder, such as ``scoring 40%``; empty where nothing was noted since a time."""
     lines = _lines(folder, 2000)
     if not lines or lines[-1]["at"] < since:
         return ""
@@ -73,7 +73,7 @@ def now(folder: Path, since: float) -> str:
 
 
 def spent(folder: Path) -> dict[str, dict[str, float]]:
-    """Seconds of each step of each notebook that was executed in a folder, every attempt included."""
+    """Return the seconds of each step of each notebook that was executed in a folder, every attempt included."""
     found: dict[str, dict[str, float]] = {}
     stage, what, since = "", "", 0.0
     for line in _lines(folder):
@@ -91,7 +91,7 @@ def _append(folder: Path, line: dict[str, Any]) -> None:
 
 
 def _lines(folder: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The whole lines of a folder's file, or those of its end."""
+    """Read the whole lines of a folder's file, or those of its end."""
     try:
         with (folder / FILE).open("rb") as stream:
             if last_bytes is not None:

@@ -329,7 +329,7 @@ def _three_digits(value: float) -> str:
 def _score(
     path: Path, artifact: Artifact, text: Path, stride: int, window: int | None, tokenizer: Path | None, field: str
 ) -> dict[str, Any]:
-    """What ``golfbook score`` finds, as plain data."""
+    """Return what ``golfbook score`` finds, as plain data."""
     import torch
     from rich.progress import Progress
 

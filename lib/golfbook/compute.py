@@ -45,7 +45,7 @@ _current = Choices()
 
 
 def choose_device(config: Config, rank: int = 0) -> torch.device:
-    """CUDA where it is there and allowed, else the CPU; raises RunError where CUDA is demanded and missing."""
+    """Choose CUDA where it is there and allowed, else the CPU; raises RunError where CUDA is demanded and missing."""
     wanted = config.machine.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise RunError("machine.device is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'")
@@ -55,7 +55,7 @@ def choose_device(config: Config, rank: int = 0) -> torch.device:
 
 
 def choose_precision(config: Config) -> tuple[str, str]:
-    """Dtype of activations, "float32" or "bfloat16", and the reason; "auto" is what was measured to be faster."""
+    """Choose the dtype of activations, "float32" or "bfloat16", and say why; "auto": what was measured to be faster."""
     if config.machine.precision != "auto":
         return config.machine.precision, "machine.precision says so"
     length = "short" if config.train.sequence_length <= SHORT else "long"
@@ -107,7 +107,7 @@ def use_products(library: Products) -> None:
 
 
 def products_are_exact(library: Products) -> bool:
-    """Whether a library's float32 products are exact to float32, of matrices small and large, one and many."""
+    """Return whether a library's float32 products are exact to float32, of matrices small and large, one and many."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((128, 128, 128), (1024, 512, 256))
     pairs = [(torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator)) for m, k, n in shapes]
@@ -124,10 +124,10 @@ def products_are_exact(library: Products) -> bool:
     return max(errors) < EXACT
 
 
-def product_ceiling(device: torch.device, precision: str, size: int = 0, seconds: float = 0.1) -> float:
+def product_ceiling(device: torch.device, precision: str, size: int = 0) -> float:
     """Return the operations a second of the fastest square matrix product here: what MFU is measured against.
 
-    ``size`` is the side (0: the best of 256, 512 and 1024 on a CPU, of 8192 on a GPU); each gets ``seconds``. Uses the
+    ``size`` is the side (0: the best of 256, 512 and 1024 on a CPU, of 8192 on a GPU); each gets 0.1 s. Uses the
     threads and libraries that are set. One thread of a CPU is timed by its own clock, which stands still while others
     have the core: a ceiling taken beside them would be too low, and training would seem to exceed it. The numbers are
     random: a GPU multiplies equal ones faster, which no training does.
@@ -140,7 +140,7 @@ def product_ceiling(device: torch.device, precision: str, size: int = 0, seconds
         shape, dtype = (side, side), getattr(torch, precision)
         a, b = (torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(2))
         times: list[float] = []
-        end = time.perf_counter() + seconds
+        end = time.perf_counter() + 0.1
         while len(times) < 3 or time.perf_counter() < end:
             started = clock()
             torch.mm(a, b)
@@ -152,7 +152,7 @@ def product_ceiling(device: torch.device, precision: str, size: int = 0, seconds
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:
-    """Largest resident size of this process so far; on a GPU the most its allocator held."""
+    """Return the largest resident size of this process so far; on a GPU the most its allocator held."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -160,7 +160,7 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
 
 
 def why_not_compile(device: torch.device) -> str:
-    """Why ``torch.compile`` cannot work here; empty where it can."""
+    """Return why ``torch.compile`` cannot work here; empty where it can."""
     if device.type == "cuda":
         return "" if importlib.util.find_spec("triton") else "the package triton is not installed"
     compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]

@@ -28,7 +28,7 @@ ENCODINGS = (  # signatures of texts that are no UTF-8; those of UTF-32 begin li
 
 
 def project_root() -> Path:
-    """Folder that holds ``notebooks/``, ``runs/`` and ``figures/``.
+    """Return the folder that holds ``notebooks/``, ``runs/`` and ``figures/``.
 
     ``GOLFBOOK_ROOT`` wins; else the first folder with both ``notebooks`` and ``papermill_jobs`` at or above the working
     folder; else the checkout this package was installed from in editable mode; else the working folder.
@@ -44,22 +44,22 @@ def project_root() -> Path:
 
 
 def runs_root() -> Path:
-    """Folder of all run folders: ``GOLFBOOK_RUNS`` or ``<project>/runs``."""
+    """Return the folder of all run folders: ``GOLFBOOK_RUNS`` or ``<project>/runs``."""
     return _from_environment("GOLFBOOK_RUNS") or (project_root() / "runs").resolve()
 
 
 def cache_root() -> Path:
-    """Folder of prepared datasets and tokenizers: ``GOLFBOOK_CACHE`` or ``<project>/.cache``. Safe to delete."""
+    """Return the folder of datasets and tokenizers, safe to delete: ``GOLFBOOK_CACHE`` or ``<project>/.cache``."""
     return _from_environment("GOLFBOOK_CACHE") or (project_root() / ".cache").resolve()
 
 
 def figures_root() -> Path:
-    """Folder of generated pictures: ``GOLFBOOK_FIGURES`` or ``<project>/figures``."""
+    """Return the folder of generated pictures: ``GOLFBOOK_FIGURES`` or ``<project>/figures``."""
     return _from_environment("GOLFBOOK_FIGURES") or (project_root() / "figures").resolve()
 
 
 def folders() -> dict[str, str]:
-    """The four folders as environment variables with absolute paths, for a subprocess with another working folder."""
+    """Return the four folders as environment variables, absolute, for a subprocess with another working folder."""
     return {
         "GOLFBOOK_ROOT": str(project_root()),
         "GOLFBOOK_RUNS": str(runs_root()),
@@ -69,7 +69,7 @@ def folders() -> dict[str, str]:
 
 
 def _from_environment(variable: str) -> Path | None:
-    """Absolute path that an environment variable holds; None where it is unset or empty.
+    """Return the absolute path that an environment variable holds; None where it is unset or empty.
 
     ``~`` is the home folder also where no shell has replaced it: in a Dockerfile, a .env file, a systemd unit.
     """
@@ -91,7 +91,7 @@ def remove_partial(target: Path) -> None:
 
 
 def resolve(path: str | Path) -> Path:
-    """Absolute form of a path from a config: relative ones are taken from the project root, not the working folder."""
+    """Make a path from a config absolute: relative ones are taken from the project root, not the working folder."""
     path = _expanded(path, "path")
     return path if path.is_absolute() else project_root() / path
 
@@ -140,7 +140,7 @@ def atomic_write_json(target: str | Path, value: Any) -> None:
 
 
 def decode_text(data: bytes, path: str | Path) -> str:
-    """Text of the UTF-8 file ``path``. A byte-order mark before it is the signature of its encoding, and no text.
+    """Decode the UTF-8 file ``path``. A byte-order mark before its text is the signature of its encoding, and no text.
 
     Raises :class:`DataError` naming the file and its encoding, or the line that is no UTF-8.
     """
@@ -155,7 +155,7 @@ def decode_text(data: bytes, path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Content of a JSON file that holds a mapping; empty where it is missing, unreadable or holds something else."""
+    """Read a JSON file that holds a mapping; empty where it is missing, unreadable or holds something else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -164,16 +164,16 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def canonical_json(value: Any) -> str:
-    """Compact JSON with sorted keys: the text that hashes are taken of."""
+    """Return compact JSON with sorted keys: the text that hashes are taken of."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def sha256_bytes(data: bytes) -> str:
-    """Hexadecimal SHA-256 of ``data``."""
+    """Return the hexadecimal SHA-256 of ``data``."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
+    """Return the hexadecimal SHA-256 of a file, read in pieces."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -25,7 +25,7 @@ COUNT_GPUS = "import torch; print(torch.cuda.device_count() if torch.cuda.is_ava
 
 
 def available_cores(root: Path = ROOT) -> float:
-    """Cores this process may use: those it may run on, or the CPU quota of its container where that is less."""
+    """Count the cores this process may use: those it may run on, or its container's CPU quota where that is less."""
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     for group in _control_groups("cpu", root):
         quota, period, *_ = [*_words(group / "cpu.max"), "", ""]
@@ -37,7 +37,7 @@ def available_cores(root: Path = ROOT) -> float:
 
 
 def available_memory(root: Path = ROOT) -> int:
-    """Bytes this process may still take: what the machine has left, or its container where that is less.
+    """Return the bytes this process may still take: what the machine has left, or its container where that is less.
 
     Pages of files do not count as taken, because the kernel gives them up.
     """
@@ -58,7 +58,7 @@ def available_memory(root: Path = ROOT) -> int:
 
 
 def visible_gpus(root: Path = ROOT) -> list[str]:
-    """Names of the GPUs that torch will use here, as ``CUDA_VISIBLE_DEVICES`` spells them; empty without any.
+    """List the GPUs that torch will use here, as ``CUDA_VISIBLE_DEVICES`` spells them; empty without any.
 
     A torch built for the CPU and a machine without the device of a GPU need no further question. Elsewhere torch
     itself is asked, in a process of its own: only it knows whether driver and devices are of use to it.
@@ -74,7 +74,7 @@ def visible_gpus(root: Path = ROOT) -> list[str]:
 
 @functools.cache
 def count_gpus(allowed: str | None) -> int:
-    """How many GPUs torch sees in this environment, whose ``CUDA_VISIBLE_DEVICES`` is ``allowed``.
+    """Count the GPUs torch sees in this environment, whose ``CUDA_VISIBLE_DEVICES`` is ``allowed``.
 
     Raises :class:`RunError` with torch's words where it cannot even be asked: planning on, as if there were no GPU,
     would put all runs on the first one.
@@ -87,7 +87,7 @@ def count_gpus(allowed: str | None) -> int:
 
 
 def torch_build() -> dict[str, str]:
-    """What torch calls itself (``__version__``) and the ``cuda`` or ``hip`` it was built for, without importing it.
+    """Read what torch calls itself (``__version__``) and the ``cuda`` or ``hip`` it was built for, without an import.
 
     The version of its package does not tell builds apart: where pip fetched the one with CUDA, it is 2.13.0 alone.
     """
@@ -102,7 +102,7 @@ def torch_build() -> dict[str, str]:
 
 
 def _control_groups(controller: str, root: Path) -> Iterator[Path]:
-    """Folders of the control groups this process is in, from its own up to the top, of either version."""
+    """List the folders of the control groups this process is in, from its own up to the top, of either version."""
     own = {}  # path of the process's group by controllers; those of version 2 have none
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -127,7 +127,7 @@ def _control_groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _unescaped(text: str) -> str:
-    r"""A path of ``mountinfo``, which writes a space as ``\040``."""
+    r"""Return a path of ``mountinfo``, which writes a space as ``\040``."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 

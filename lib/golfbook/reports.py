@@ -104,12 +104,9 @@ def show_report(console: Console, report: Report) -> None:
     places += [("notebooks", run.path / "notebooks") for run in plan.runs[:1]]
     pictures = [path for figure in report.figures for path in figure.outputs if path.is_file()]
     places += [("figures" if i == 0 else "", path) for i, path in enumerate(pictures)]
+    others = f"  (and {len(plan.runs) - 1} more run folders beside it)" if len(plan.runs) > 1 else ""
     for label, path in places:
-        more = (
-            f"  (and {len(plan.runs) - 1} more run folders beside it)"
-            if label == "notebooks" and len(plan.runs) > 1
-            else ""
-        )
+        more = others if label == "notebooks" else ""
         if path.exists():
             say(console, f"{label:>10}  {show_path(path)}{more}")
     again = f"golfbook run {show_path(plan.source)}"

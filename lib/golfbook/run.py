@@ -27,7 +27,7 @@ from golfbook import activity
 from golfbook.config.load import check_parameters, load_config, validate
 from golfbook.config.schema import Config
 from golfbook.errors import ConfigError, GolfbookError, RunError
-from golfbook.files import atomic_write_json, runs_root, sha256_file
+from golfbook.files import atomic_write_json, read_json, runs_root, sha256_file
 from golfbook.provenance import environment, provenance
 
 STAGE_NOTEBOOKS = {
@@ -49,51 +49,51 @@ class Run:
 
     @property
     def name(self) -> str:
-        """``<study>/<folder>``, for messages."""
+        """Return ``<study>/<folder>``, for messages."""
         return f"{self.path.parent.name}/{self.path.name}"
 
     @property
     def study(self) -> str:
-        """Name of the study: the parent folder."""
+        """Return the name of the study: the parent folder."""
         return self.path.parent.name
 
     @property
     def variant(self) -> str:
-        """Name of the variant, the first part of the folder name."""
+        """Return the name of the variant, the first part of the folder name."""
         return self.path.name.rsplit("-", 2)[0]
 
     @property
     def log_path(self) -> Path:
-        """Everything the training processes print."""
+        """Return the path of everything the training processes print."""
         return self.path / "log.txt"
 
     @property
     def metrics_path(self) -> Path:
-        """Append-only JSON lines: training and validation points."""
+        """Return the path of the append-only JSON lines: training and validation points."""
         return self.path / "metrics.jsonl"
 
     @property
     def checkpoint_path(self) -> Path:
-        """Last whole checkpoint (safetensors)."""
+        """Return the path of the last whole checkpoint (safetensors)."""
         return self.path / "checkpoint.safetensors"
 
     @property
     def artifact_path(self) -> Path:
-        """The quantised, compressed model."""
+        """Return the path of the quantised, compressed model."""
         return self.path / "artifact.golf"
 
     @property
     def tokenizer_path(self) -> Path:
-        """Copy of the SentencePiece model this run was made with."""
+        """Return the path of a copy of the SentencePiece model this run was made with."""
         return self.path / "tokenizer.model"
 
     @property
     def notebooks_path(self) -> Path:
-        """Folder of executed notebooks."""
+        """Return the folder of executed notebooks."""
         return self.path / "notebooks"
 
     def result_path(self, stage: str) -> Path:
-        """File that says how a stage ended."""
+        """Return the file that says how a stage ended."""
         if stage not in STAGES:
             raise RunError(f"unknown stage '{stage}' (stages: {', '.join(STAGES)})")
         return self.path / f"result.{stage}.json"
@@ -126,15 +126,11 @@ class Run:
         )
 
     def read_result(self, stage: str) -> dict[str, Any] | None:
-        """Content of a stage's result file, or None where there is none or it is unreadable."""
-        try:
-            value = json.loads(self.result_path(stage).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return value if isinstance(value, dict) else None
+        """Read a stage's result file; None where there is none or it is unreadable."""
+        return read_json(self.result_path(stage)) or None
 
     def state(self, stage: str) -> State:
-        """``done``, ``failed``, ``stale`` (something it read or wrote has changed since) or ``missing``.
+        """Return ``done``, ``failed``, ``stale`` (something it read or wrote has changed since) or ``missing``.
 
         Whether the dataset is still the one that was trained on is checked where it is opened, by the stages.
         """
@@ -158,7 +154,7 @@ class Run:
         return "done"
 
     def is_done(self, stage: str) -> bool:
-        """Whether a stage needs no more work."""
+        """Return whether a stage needs no more work."""
         return self.state(stage) == "done"
 
     def append_metrics(self, point: Mapping[str, Any]) -> None:
@@ -173,7 +169,7 @@ class Run:
             raise RunError(f"cannot write {self.metrics_path}: {error.strerror}; check free space") from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole points of ``metrics.jsonl``; where a resumed run wrote a step again, the later point counts."""
+        """Read the whole points of ``metrics.jsonl``; where a resumed run wrote a step again, the later one counts."""
         points: dict[tuple[str, int], dict[str, Any]] = {}
         with contextlib.suppress(FileNotFoundError):
             for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -201,7 +197,7 @@ class Run:
             held.release()
 
     def is_locked(self, name: str) -> bool:
-        """Whether some process holds the lock ``name``. Writes nothing where nobody ever held it."""
+        """Return whether some process holds the lock ``name``. Writes nothing where nobody ever held it."""
         path = self.path / f".{name}.lock"
         if not path.exists():
             return False
@@ -215,7 +211,7 @@ class Run:
 
 
 def run_folder(study: str, variant: str, config: Config) -> Path:
-    """Path of the folder a run lives in."""
+    """Return the folder a run lives in."""
     check_parameters(study=study, variant=variant)
     for kind, name in (("study", study), ("variant", variant)):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
@@ -270,7 +266,7 @@ def notebook_run(
     run_dir: str = "",
     scale: str = "published",
 ) -> Run:
-    """The run a stage notebook works on: ``run_dir`` where a job gives one, else the folder of its parameters.
+    """Open the run a stage notebook works on: ``run_dir`` where a job gives one, else the folder of its parameters.
 
     Raises :class:`ConfigError` naming a parameter that is of the wrong kind, and how to write it.
     """
@@ -284,17 +280,17 @@ def notebook_run(
 
 
 def list_runs(study: str) -> list[Run]:
-    """All runs of a study, by folder name, each configuration once; :func:`skipped_runs` names what is passed over."""
+    """List a study's runs by folder name, each configuration once; :func:`skipped_runs` names what is passed over."""
     return [found for found in _folders(study).values() if isinstance(found, Run)]
 
 
 def skipped_runs(study: str) -> dict[Path, str]:
-    """Folders of a study that are no runs of it, each with the reason: what is of an older version, and copies."""
+    """List the folders of a study that are no runs of it, each with the reason: made by an older version, or copied."""
     return {folder: found for folder, found in _folders(study).items() if isinstance(found, str)}
 
 
 def _folders(study: str) -> dict[Path, Run | str]:
-    """Every run folder of a study, with the run or the reason why it does not count."""
+    """List every run folder of a study, with the run or the reason why it does not count."""
     root = runs_root() / study
     folders = {path for path in root.glob("*-s*-*") if path.is_dir()}
     folders |= {path.parent for path in root.glob("*/config.json")}
@@ -302,7 +298,7 @@ def _folders(study: str) -> dict[Path, Run | str]:
 
 
 def _identify(folder: Path) -> Run | str:
-    """The run in a folder, or why it is none: its name must be that of its config, and its results its own."""
+    """Return the run in a folder, or why it is none: its name must be that of its config, and its results its own."""
     try:
         run = open_run(folder)
     except GolfbookError:
@@ -319,13 +315,13 @@ def _identify(folder: Path) -> Run | str:
     return f"its name does not end in {ending}, as its config.json asks: renamed, or of an older version"
 
 
-def exit_with_parent(cleanup: Callable[[], None] | None = None, interval: float = 0.5) -> None:
+def exit_with_parent(cleanup: Callable[[], None] | None = None) -> None:
     """End this process soon after its parent has died, so that ``kill -9`` of a launcher leaves no orphan at work."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(interval)
+            time.sleep(0.5)
         if cleanup is not None:
             cleanup()
         os._exit(3)

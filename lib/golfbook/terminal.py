@@ -36,7 +36,7 @@ def prepare_streams() -> None:
 
 
 def make_console(stderr: bool = False) -> Console:
-    """A console that prints text as it is: no markup, no names of pictures, no colours by guessing."""
+    """Return a console that prints text as it is: no markup, no names of pictures, no colours by guessing."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
@@ -104,7 +104,7 @@ def write_json(value: Any) -> None:
 
 
 def duration(seconds: float) -> str:
-    """``8 s``, ``2 min 5 s``, ``3 h 20 min``."""
+    """Return ``8 s``, ``2 min 5 s``, ``3 h 20 min``."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -114,7 +114,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """``1.3 GB``, decimal as in the challenge."""
+    """Return ``1.3 GB``, decimal as in the challenge."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -123,7 +123,7 @@ def size(count: float) -> str:
 
 
 def show_path(path: Path) -> str:
-    """A path as short as it can be written from the working folder."""
+    """Return a path as short as it can be written from the working folder."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
@@ -131,7 +131,7 @@ def show_path(path: Path) -> str:
 
 
 def _shown(console: Console, text: Cell, style: str = "") -> Text:
-    """A copy of ``text`` in one line, in characters that the console can show, so that widths are counted in them."""
+    """Copy ``text`` in one line, in characters that the console can show, so that widths are counted in them."""
     made = text.copy() if isinstance(text, Text) else Text(text, style)
     plain = "".join(c if _expressible(c, console.encoding) else _ascii(c) for c in " ".join(made.plain.splitlines()))
     if plain != made.plain:

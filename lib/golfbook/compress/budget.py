@@ -26,7 +26,7 @@ CODED_SHARE_FLOAT = 0.93
 
 
 def size_report(artifact_bytes: int, limit_bytes: int) -> dict[str, int | bool]:
-    """Code bytes plus artifact bytes against the limit, counted as the challenge does."""
+    """Compare code bytes plus artifact bytes with the limit, counted as the challenge does."""
     code = code_bytes()
     total = code + artifact_bytes
     return {
@@ -83,7 +83,7 @@ def import_closure(roots: Iterable[str], package: Path) -> dict[str, Path]:
 
 
 def artifact_bytes(model: ModelConfig, quantize: QuantizeConfig) -> int:
-    """Estimated size of the artifact: every tensor as the quantiser will store it, at the coder's usual share.
+    """Estimate the size of the artifact: every tensor as the quantiser will store it, at the coder's usual share.
 
     Integers of b bits take ``CODED_SHARE * b`` bits, which holds within some 15 % for trained models of the published
     size; weights that training has not spread, or a scale floor that squeezes them, take less.

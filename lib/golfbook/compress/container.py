@@ -76,7 +76,7 @@ class Artifact:
     sha256: str
 
     def build(self) -> GPT:
-        """The model in eval mode on the CPU, with weights of its own."""
+        """Build the model, in eval mode on the CPU, with weights of its own."""
         model = _empty_model(self.model_config)
         model.load_state_dict({name: tensor.clone() for name, tensor in self.state.items()}, assign=True)
         return model.eval()
@@ -287,7 +287,7 @@ def _bytes_of(code: str, shape: list[int]) -> int:
 
 
 def _pack(tensors: Iterable[QuantizedTensor]) -> list[bytes]:
-    """Bytes of the tensors in the order of the layout."""
+    """Return the bytes of the tensors in the order of the layout."""
     groups: dict[str, list[bytes]] = {"q": [], "scale": [], "float16": [], "float32": []}
     for tensor in tensors:
         if tensor.value is not None:

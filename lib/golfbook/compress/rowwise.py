@@ -12,14 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from golfbook.compress.quantizer import (
-    QuantizedTensor,
-    Statistics,
-    check_range,
-    finite,
-    stored_as,
-    unquantized,
-)
+from golfbook.compress.quantizer import QuantizedTensor, Statistics, check_range, finite, stored_as, unquantized
 from golfbook.config.schema import QuantizeConfig
 from golfbook.model.component import Storage
 
@@ -115,7 +108,7 @@ def quantize_other(weight: Tensor, bits: int, *, scale_floor: bool = True) -> tu
 
 
 def row_quantiles(matrix: Tensor, quantiles: Sequence[float]) -> Tensor:
-    """``torch.quantile`` of each row of a float32 matrix, to the bit, shape (quantiles, rows); fast near quantile 1.
+    """Return ``torch.quantile`` of a float32 matrix's rows to the bit, shape (quantiles, rows); fast near quantile 1.
 
     Only the largest values of a row are sorted, two or three of them for the published percentiles.
     """

@@ -147,24 +147,24 @@ class ModelConfig(Section):
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Return the width of one attention head."""
         return self.model_dim // self.num_heads
 
     @property
     def xsa_layers(self) -> tuple[int, ...]:
-        """Layers with exclusive self-attention, counted from 0, ascending."""
+        """Return the layers with exclusive self-attention, counted from 0, ascending."""
         if isinstance(self.xsa, int):
             return tuple(range(self.num_layers - self.xsa, self.num_layers))
         return self._absolute(self.xsa)
 
     @property
     def value_embedding_layers(self) -> tuple[int, ...]:
-        """Layers that add the value embedding, counted from 0, ascending."""
+        """Return the layers that add the value embedding, counted from 0, ascending."""
         return self._absolute(self.value_embedding.layers)
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
-        """Blocks that run once more, counted from 0, in running order."""
+        """Return the blocks that run once more, counted from 0, in running order."""
         return tuple(i % self.num_layers for i in self.recurrence)
 
     def _absolute(self, layers: tuple[int, ...]) -> tuple[int, ...]:

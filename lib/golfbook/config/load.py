@@ -35,7 +35,7 @@ SCALES = PRESETS / "scales"
 
 
 def preset_names() -> list[str]:
-    """Names of the presets that ship with the package."""
+    """List the presets that ship with the package."""
     return _yaml_names(PRESETS)
 
 
@@ -122,7 +122,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """All dotted keys of the configuration tree."""
+    """List all dotted keys of the configuration tree."""
     found: list[str] = []
     for name, info in section.model_fields.items():
         kind = info.annotation
@@ -134,7 +134,7 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 
 def scale_names() -> list[str]:
-    """Names of the scales that fit every preset."""
+    """List the scales that fit every preset."""
     return ["published", *_yaml_names(SCALES)]
 
 
@@ -151,7 +151,7 @@ def _read_preset(name: str, path: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _extended(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
-    """``tree`` laid over the preset it extends, if it names one."""
+    """Lay ``tree`` over the preset it extends, if it names one."""
     own = {key: value for key, value in tree.items() if key != "extends"}
     if "extends" not in tree:
         return own
@@ -200,9 +200,8 @@ def _explain(error: ValidationError) -> str:
         elif item["type"] == "value_error":
             lines.append(str(item["msg"]).removeprefix("Value error, "))
         elif isinstance(given, str) and item["type"] in ("float_type", "int_type", "float_parsing", "int_parsing"):
-            hint = ""
-            if _is_number(given):
-                hint = f"; YAML reads '{given}' as text: write {_yaml_number(given, item['type'])}"
+            number = _yaml_number(given, item["type"])
+            hint = f"; YAML reads '{given}' as text: write {number}" if number else ""
             lines.append(f"{key}: expected a number, got the text '{given}'{hint}")
         elif item["type"] == "less_than_equal" and item["ctx"]["le"] == LARGEST:
             lines.append(f"{key}: must be at most 2**63 - 1 ({LARGEST}), or no table could hold it, got {given!r}")
@@ -211,14 +210,10 @@ def _explain(error: ValidationError) -> str:
     return "wrong configuration: " + "; ".join(dict.fromkeys(lines))
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _yaml_number(text: str, kind: str) -> str:
-    value = float(text)
+    """Return how to write a number that YAML reads as text; empty where it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return ""
     return str(int(value)) if kind.startswith("int") and value.is_integer() else repr(value)

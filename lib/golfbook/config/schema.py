@@ -235,7 +235,7 @@ class Config(Section):
 
     @property
     def window(self) -> int:
-        """Length of a scoring window in tokens."""
+        """Return the length of a scoring window in tokens."""
         return self.score.window or self.train.sequence_length
 
     @property

@@ -41,11 +41,11 @@ class Loader(ABC):
 
     @abstractmethod
     def next(self) -> Batch:
-        """Inputs and targets (the token after each input) of the next step, int64 (rows, sequence length) each."""
+        """Return the next step's inputs and targets (the tokens after them), int64 (rows, sequence length) each."""
 
     @abstractmethod
     def state(self) -> State:
-        """Position after the batches returned so far, JSON-like, and not changed by what follows."""
+        """Return the position after the batches returned so far, JSON-like, and not changed by what follows."""
 
     @abstractmethod
     def load_state(self, state: State) -> None:
@@ -65,7 +65,7 @@ class Loader(ABC):
 
 
 def make_loader(shards: Sequence[Path], config: TrainConfig, seed: int) -> Loader:
-    """The loader that ``config.loader`` names, at its start; ``seed`` is of no effect on the sequential one.
+    """Return the loader that ``config.loader`` names, at its start; ``seed`` is of no effect on the sequential one.
 
     Raises :class:`DataError` for a shard that is damaged or named as validation data, and where no shard is usable.
     """
@@ -113,7 +113,7 @@ class SequentialLoader(Loader):
         self.position = position
 
     def _take(self, count: int) -> Tokens:
-        """The next ``count`` tokens; wraps around at the end of the last shard."""
+        """Take the next ``count`` tokens; wraps around at the end of the last shard."""
         pieces: list[Tokens] = []
         while count:
             at = self.position % int(self.ends[-1])
@@ -138,7 +138,7 @@ class Cursor:
 
     @classmethod
     def draw(cls, tokens: int, length: int, generator: np.random.Generator) -> Cursor:
-        """A new pass over a shard of ``tokens`` >= length + 1 tokens in blocks of ``length``."""
+        """Draw a new pass over a shard of ``tokens`` >= length + 1 tokens in blocks of ``length``."""
         phase = int(generator.integers(min(length - 1, tokens - length - 1) + 1))
         blocks = (tokens - 1 - phase) // length
         first = int(generator.integers(blocks))
@@ -150,17 +150,17 @@ class Cursor:
 
     @property
     def remaining(self) -> int:
-        """Blocks this pass has not taken yet."""
+        """Return the blocks this pass has not taken yet."""
         return self.blocks - self.taken
 
     def take(self, length: int) -> int:
-        """First token of the next block's window, which is ``length + 1`` tokens long."""
+        """Take the next block: return the first token of its window, which is ``length + 1`` tokens long."""
         block = (self.first + self.taken * self.stride) % self.blocks
         self.taken += 1
         return self.phase + block * length
 
     def fits(self, tokens: int, length: int) -> bool:
-        """Whether this can be a pass under way over a shard of ``tokens`` tokens."""
+        """Return whether this can be a pass under way over a shard of ``tokens`` tokens."""
         return (
             0 <= self.phase < length
             and self.blocks == (tokens - 1 - self.phase) // length
@@ -228,7 +228,7 @@ class CoprimeLoader(Loader):
         self.cursors, self.batches = cursors, batches
 
     def mix(self) -> int:
-        """Number of shards the next batch is drawn from."""
+        """Return the number of shards the next batch is drawn from."""
         most = min(len(self.tokens), self.rows)
         low, high = min(MIX_FROM, most), min(MIX_TO, most)
         return round(low + self._progress() * (high - low))
@@ -237,7 +237,7 @@ class CoprimeLoader(Loader):
         return min(self.batches / MIX_BATCHES, 1.0)
 
     def _draw(self) -> list[tuple[int, int]]:
-        """Shard and first token of each window of the next batch, in the order of its rows."""
+        """Draw the shard and first token of each window of the next batch, in the order of its rows."""
         generator, mix = self.generator, self.mix()
         left = np.array([cursor.remaining for cursor in self.cursors], dtype=np.float64)
         weights = left ** (EVENNESS_FROM - EVENNESS_DROP * self._progress())
@@ -333,7 +333,7 @@ class Prefetching(Loader):
 
 
 def hash_names(names: Iterable[str]) -> int:
-    """FNV-like hash of names, 64 bits: from 0, exclusive-or with each byte, then times 1099511628211."""
+    """Hash names as FNV does, to 64 bits: from 0, exclusive-or with each byte, then times 1099511628211."""
     value = 0
     for byte in "".join(names).encode():
         value = (value ^ byte) * 1099511628211 % 2**64
@@ -341,7 +341,7 @@ def hash_names(names: Iterable[str]) -> int:
 
 
 def _shift(spans: Tokens, length: int) -> Batch:
-    """Inputs and targets, int64 (rows, length), of spans (n, k * length + 1): all but the last, all but the first."""
+    """Return inputs and targets, int64 (rows, length), of spans (n, k * length + 1): the targets are one token on."""
     inputs, targets = spans[:, :-1].astype(np.int64), spans[:, 1:].astype(np.int64)
     return inputs.reshape(-1, length), targets.reshape(-1, length)
 

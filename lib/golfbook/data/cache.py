@@ -15,14 +15,7 @@ from filelock import FileLock
 
 from golfbook import activity
 from golfbook.errors import DataError, RunError
-from golfbook.files import (
-    atomic_path,
-    atomic_write_json,
-    cache_root,
-    canonical_json,
-    sha256_bytes,
-    sha256_file,
-)
+from golfbook.files import atomic_path, atomic_write_json, cache_root, canonical_json, sha256_bytes, sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +68,7 @@ def _sums(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
-    """Record of a cached dataset whose files all have the noted hashes, else None."""
+    """Read the record of a cached dataset whose files all have the noted hashes, else None."""
     try:
         record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         if _sums(folder / name for name in record["files"]) == record["files"]:

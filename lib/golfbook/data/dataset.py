@@ -37,13 +37,7 @@ from golfbook.data.tokenizer import (
     train_tokenizer,
 )
 from golfbook.errors import ByteAccountingError, DataError
-from golfbook.files import (
-    atomic_path,
-    cache_root,
-    resolve,
-    sha256_bytes,
-    sha256_file,
-)
+from golfbook.files import atomic_path, cache_root, resolve, sha256_bytes, sha256_file
 
 FORMAT = 2  # raise it whenever equal inputs give another dataset
 SHARD_TOKENS = 100_000_000
@@ -112,8 +106,8 @@ def prepare(config: Config) -> Dataset:
 
 
 def encode_for_scoring(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[Array, Array, int, str]:
-    """Tokens (n + 1,) uint16, a BOS before each document; table bytes (n,) of the targets; original UTF-8 bytes; and
-    in words, what the tokenizer changed.
+    """Return tokens (n + 1,) uint16, a BOS before each document; table bytes (n,) of the targets; original UTF-8 bytes;
+    and, in words, what the tokenizer changed.
 
     Raises :class:`golfbook.errors.ByteAccountingError` where table and decoded bytes differ, :class:`DataError` where
     there is no text at all.
@@ -127,7 +121,7 @@ def encode_for_scoring(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[
 
 
 def unigram_bits_per_byte(tokens: Array, total_bytes: int) -> float:
-    """Entropy of the distribution of the targets ``tokens[1:]``, bits per byte: what frequencies alone are worth."""
+    """Return the entropy of the targets ``tokens[1:]``, in bits per byte: what frequencies alone are worth."""
     counts = np.bincount(tokens[1:]).astype(np.float64)
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log(share)).sum() * counts.sum() / (math.log(2) * total_bytes))
@@ -188,7 +182,7 @@ def _open(
 
 
 def _keep_documents(starts: Array, size: int, most: int) -> tuple[int, int]:
-    """Number of whole documents within ``most`` tokens (0: all; always at least one), and their tokens."""
+    """Count the whole documents within ``most`` tokens (0: all; always at least one), and their tokens."""
     ends = np.append(starts[1:], size)
     kept = len(starts) if most == 0 else max(1, int((ends <= most).sum()))
     return kept, int(ends[kept - 1])

@@ -49,7 +49,7 @@ class Split:
 
 
 def text_files(path: str | Path) -> list[Path]:
-    """Text files at ``path``: itself, or all .txt and .jsonl files below a folder, by name.
+    """List the text files at ``path``: itself, or all .txt and .jsonl files below a folder, by name.
 
     Linked files and folders count like others, and each real file once. Left out are names that begin with a dot:
     hidden files and folders, and what editors, JupyterLab and macOS keep beside a file. Raises :class:`DataError`
@@ -73,7 +73,7 @@ def text_files(path: str | Path) -> list[Path]:
 
 
 def _walk(root: Path) -> tuple[list[Path], int]:
-    """Text files below a folder, by name, and how many hidden files and folders were passed over."""
+    """List the text files below a folder, by name, and how many hidden files and folders were passed over."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"cannot read folder {error.filename}: {error.strerror}")
@@ -98,7 +98,7 @@ def _walk(root: Path) -> tuple[list[Path], int]:
 
 
 def read_documents(path: str | Path, text_field: str = "text") -> list[str]:
-    """Documents of a .txt file (one), of a .jsonl file (one a line, under ``text_field``), or of a folder of both.
+    """Read the documents of a .txt file (one), a .jsonl file (one a line, under ``text_field``), or a folder of both.
 
     Nothing is changed: line ends and blanks stay as they are, so that bytes can be counted. A byte-order mark at the
     beginning of a file, or of a line of JSON, is no part of any document, and its bytes do not count.
@@ -107,8 +107,8 @@ def read_documents(path: str | Path, text_field: str = "text") -> list[str]:
     return [text for file in text_files(path) for text in _read(file, text_field)]
 
 
-def read_corpus(path: str | Path, text_field: str = "text") -> list[str]:
-    """Like :func:`read_documents`, but with .txt files of more than 20,000 characters cut at blank lines."""
+def read_corpus(path: str | Path, text_field: str) -> list[str]:
+    """Read as :func:`read_documents` does, but with .txt files of more than 20,000 characters cut at blank lines."""
     documents = []
     for file in text_files(path):
         texts = _read(file, text_field)
@@ -165,7 +165,7 @@ def split_documents(documents: Iterable[str], validation_fraction: float) -> Spl
 
 
 def near_duplicates(train: Sequence[str], validation: Sequence[str], batch: int = 1024) -> Array:
-    """Which training documents are close to some validation document: bool (len(train),).
+    """Find which training documents are close to some validation document: bool (len(train),).
 
     Close means a Jaccard index of at least 0.5 between the sets of word 5-grams, or at least 0.8 of the 5-grams of the
     shorter document found in the longer one. All pairs are compared, by sparse matrix products over 64-bit hashes of
@@ -188,7 +188,7 @@ def near_duplicates(train: Sequence[str], validation: Sequence[str], batch: int 
 
 
 def shingles(text: str, words: dict[str, int]) -> Array:
-    """Distinct 64-bit hashes of the word 5-grams of a text, sorted. ``words`` numbers the words seen so far."""
+    """Return the distinct 64-bit hashes of a text's word 5-grams, sorted. ``words`` numbers the words seen so far."""
     ids = np.array([words.setdefault(w, len(words) + 1) for w in _WORD.findall(text.lower())], np.uint64)
     if ids.size == 0:
         return ids
@@ -200,7 +200,7 @@ def shingles(text: str, words: dict[str, int]) -> Array:
 
 
 def _mix(x: Array) -> Array:
-    """Finaliser of splitmix64: every input bit changes every output bit (uint64, wraps around)."""
+    """Apply the finaliser of splitmix64: every input bit changes every output bit (uint64, wraps around)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -208,7 +208,7 @@ def _mix(x: Array) -> Array:
 
 
 def _incidence(sets: Sequence[Array], known: Array) -> sparse.csr_array:
-    """Matrix (documents, known shingles) of 0 and 1."""
+    """Return the matrix (documents, known shingles) of 0 and 1."""
     flat = np.concatenate(sets) if sets else np.zeros(0, np.uint64)
     rows = np.repeat(np.arange(len(sets)), [s.size for s in sets])
     places = np.searchsorted(known, flat)
@@ -239,7 +239,7 @@ def _read(path: Path, text_field: str) -> list[str]:
 
 
 def _document(row: str, text_field: str) -> str:
-    """The document in one line of JSON."""
+    """Return the document in one line of JSON."""
     try:
         record = json.loads(row)
     except ValueError as error:
@@ -264,6 +264,6 @@ def _document(row: str, text_field: str) -> str:
 
 
 def _kind(value: object) -> str:
-    """What a value of JSON is called."""
+    """Return what a value of JSON is called."""
     names = {type(None): "null", bool: "true or false", str: "a text", list: "an array", dict: "an object"}
     return names.get(type(value), "a number")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import json
 import os
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from golfbook.errors import DataError
-from golfbook.files import atomic_write_json
+from golfbook.files import atomic_write_json, read_json
 
 REPOSITORY = "willdepueoai/parameter-golf"
 SHARD_FOLDER = "datasets/datasets/fineweb10B_sp1024"
@@ -46,7 +45,7 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """Last part of the path."""
+        """Return the last part of the path."""
         return self.path.rpartition("/")[2]
 
 
@@ -80,7 +79,7 @@ def download_fineweb(folder: str | Path, train_shards: int, endpoint: str | None
 
 
 def list_files(endpoint: str | None = None) -> tuple[str, list[RemoteFile]]:
-    """Commit of the repository, and its shards and tokenizer files. Raises :class:`DataError` without a connection."""
+    """Ask for the repository's commit, shards and tokenizer files. Raises :class:`DataError` without a connection."""
     from huggingface_hub import HfApi  # slow to import, and only this source needs it
     from huggingface_hub.hf_api import RepoFile
 
@@ -123,9 +122,9 @@ def fetch(url: str, target: Path, file: RemoteFile, progress: Any = None) -> Non
 
 
 def _complete(folder: Path, train_shards: int) -> FineWeb | None:
-    """The files, if all that are needed were downloaded before, with the sizes noted then."""
+    """Return the files, if all that are needed were downloaded before, with the sizes noted then."""
     try:
-        note = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+        note = read_json(folder / "source.json")
         names = _needed(note["listed"], train_shards)
         if any((folder / name).stat().st_size != note["files"][name]["bytes"] for name in names):
             return None
@@ -170,7 +169,7 @@ def _download(folder: Path, train_shards: int, endpoint: str | None) -> FineWeb:
 
 
 def _needed(names: list[str], train_shards: int) -> list[str]:
-    """Tokenizer, all validation shards, first training shards; raises :class:`DataError` where something is missing."""
+    """Choose tokenizer, all validation shards, first training ones; raises :class:`DataError` where one is missing."""
     train = sorted(n for n in names if n.startswith("fineweb_train_") and n.endswith(".bin"))
     validation = sorted(n for n in names if n.startswith("fineweb_val_") and n.endswith(".bin"))
     if TOKENIZER_NAME not in names or not validation:
@@ -236,7 +235,7 @@ def _transfer(url: str, part: Path, file: RemoteFile, progress: Any) -> bool:
 
 
 def _matches(path: Path, file: RemoteFile) -> bool:
-    """Whether a file has the size and the checksum of the listing."""
+    """Return whether a file has the size and the checksum of the listing."""
     if path.stat().st_size != file.size:
         return False
     digest = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)

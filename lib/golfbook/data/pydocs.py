@@ -38,7 +38,7 @@ _UNDERLINE = re.compile(r"^\s*([-=~])\1*\s*$")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages the documents come from; :class:`DataError` where one is missing."""
+    """Return the versions of Python and of the documents' packages; raises :class:`DataError` where one is missing."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -51,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def gather(folders: Iterable[Path] | None = None) -> list[str]:
-    """All documents, sorted, without exact duplicates. ``folders`` limits the search to these folders or files."""
+    """Gather all documents, sorted, without exact duplicates. ``folders`` limits the search to folders or files."""
     found: set[str] = set()
     for path in _sources(default_folders() if folders is None else folders):
         found.update(documents_of(path))
@@ -61,7 +61,7 @@ def gather(folders: Iterable[Path] | None = None) -> list[str]:
 
 
 def default_folders() -> list[Path]:
-    """Folders of the standard library and of the packages, found without importing them."""
+    """Find the folders of the standard library and of the packages without importing them."""
     folders = [Path(sysconfig.get_path("stdlib"))]
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
@@ -72,7 +72,7 @@ def default_folders() -> list[Path]:
 
 
 def documents_of(path: Path) -> list[str]:
-    """Documents of one Python file; none where it cannot be read or parsed."""
+    """Return the documents of one Python file; none where it cannot be read or parsed."""
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -108,7 +108,7 @@ def clean(docstring: str) -> str:
 
 
 def is_prose(text: str) -> bool:
-    """Whether a cleaned text is of reasonable length and mostly letters and spaces."""
+    """Return whether a cleaned text is of reasonable length and mostly letters and spaces."""
     if not SHORTEST <= len(text) <= LONGEST:
         return False
     if any("\ud800" <= c <= "\udfff" for c in text):  # lone surrogates have no UTF-8
@@ -162,7 +162,7 @@ def _strings(tree: ast.Module, topics: bool) -> Iterator[str]:
 
 
 def _docstr_arguments(call: ast.Call) -> Iterator[str]:
-    """Texts given to ``add_docstr`` and ``add_docstr_all``, with or without a ``.format(...)`` behind them."""
+    """List the texts given to ``add_docstr`` and ``add_docstr_all``, with or without a ``.format(...)`` behind them."""
     name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
     if "add_docstr" not in str(name):
         return

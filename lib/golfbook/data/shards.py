@@ -69,7 +69,7 @@ def read_shard(path: str | Path) -> np.memmap[Any, Any]:
 
 
 def find_shards(folder: str | Path, kind: Literal["train", "val"]) -> list[Path]:
-    """Shards named ``*_<kind>_*.bin`` in ``folder``, in the order they are read: by name.
+    """List the shards named ``*_<kind>_*.bin`` in ``folder``, in the order they are read: by name.
 
     Raises :class:`DataError` when the folder is missing or holds none.
     """

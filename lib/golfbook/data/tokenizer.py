@@ -24,9 +24,7 @@ from golfbook.files import atomic_write_bytes, sha256_bytes
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 BATCH = 512  # documents encoded or decoded in one call
-TRAINING_CHARACTERS = (
-    20_000_000  # a tokenizer learns from this many characters at most: more changes no merge that matters
-)
+TRAINING_CHARACTERS = 20_000_000  # a tokenizer learns from so many at most: more change no merge that matters
 LINE_CHARACTERS = 4096  # longer lines are learnt from in pieces of this length: the trainer limits the length of a word
 
 Array = np.ndarray[Any, Any]
@@ -82,32 +80,32 @@ class Tokenizer:
         return cls(model, path)
 
     def piece(self, token: int) -> str:
-        """The piece of a token id as SentencePiece spells it: U+2581 for a space, ``<0x0A>`` for a byte."""
+        """Return the piece of a token id as SentencePiece spells it: U+2581 for a space, ``<0x0A>`` for a byte."""
         return str(self._processor.id_to_piece(int(token)))
 
     def is_byte(self, token: int) -> bool:
-        """Whether a token is a byte-fallback piece."""
+        """Return whether a token is a byte-fallback piece."""
         return bool(self._processor.is_byte(int(token)))
 
     def encode(self, text: str) -> Array:
-        """Tokens of ``text``, uint16 (n,), without BOS. Raises :class:`DataError` for text that is no Unicode."""
+        """Encode ``text``: tokens, uint16 (n,), without BOS. Raises :class:`DataError` for text that is no Unicode."""
         return self.encode_batch([text])[0]
 
     def encode_document(self, text: str) -> Array:
-        """BOS, then the tokens of ``text``: uint16 (n + 1,)."""
+        """Return BOS, then the tokens of ``text``: uint16 (n + 1,)."""
         return np.concatenate([np.array([self.bos_id], np.uint16), self.encode(text)])
 
     def encode_batch(self, texts: Sequence[str]) -> list[Array]:
-        """Tokens of each text, uint16, without BOS; much faster than one call a text."""
+        """Encode each text: tokens, uint16, without BOS; much faster than one call a text."""
         utf8 = [to_utf8(text) for text in texts]
         return [np.array(ids, dtype=np.uint16) for ids in self._processor.encode(utf8, out_type=int)]
 
     def decode(self, ids: Iterable[int] | Array) -> str:
-        """Text of tokens. Control pieces such as BOS vanish; bytes that are no UTF-8 become U+FFFD, one a byte."""
+        """Decode tokens. Control pieces such as BOS vanish; bytes that are no UTF-8 become U+FFFD, one a byte."""
         return self.decode_batch([ids])[0]
 
     def decode_batch(self, batch: Sequence[Iterable[int] | Array]) -> list[str]:
-        """Text of each token sequence. Raises :class:`DataError` for an id outside the vocabulary."""
+        """Return the text of each token sequence. Raises :class:`DataError` for an id outside the vocabulary."""
         lists = [[int(i) for i in ids] if not isinstance(ids, np.ndarray) else ids.tolist() for ids in batch]
         for ids in lists:
             if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
@@ -121,7 +119,7 @@ class Tokenizer:
         return self.decode_batch(np.split(tokens, np.flatnonzero(tokens == self.bos_id))[1:][:most])
 
     def differences(self, text: str, decoded: str) -> list[tuple[str, str]]:
-        """Pieces of ``text`` that are something else in ``decoded``, which its tokens decode to; in order, no more.
+        """List the pieces of ``text`` that differ in ``decoded``, which its tokens decode to; in order, no more.
 
         SentencePiece tells which characters each normalised one comes from. Where the decoder changes more than that
         (a denormaliser), everything between the first and the last difference is one piece.
@@ -145,7 +143,7 @@ class Tokenizer:
         return [_without_ends(a, b) for a, b in pairs if a != b]
 
     def token_bytes(self, tokens: Array) -> Array:
-        """Bytes of the targets ``tokens[1:]`` given their predecessors ``tokens[:-1]``: (n,) for n + 1 tokens.
+        """Count the bytes of the targets ``tokens[1:]`` given those before, ``tokens[:-1]``: (n,) for n + 1 tokens.
 
         The leading space of a piece counts, except after a boundary token (PR 1166 section 3.5). dtype uint8, or int64
         for vocabularies with pieces of 255 bytes and more. Raises :class:`DataError` for ids outside the vocabulary.
@@ -183,7 +181,7 @@ class Tokenizer:
 
 
 def to_utf8(text: str) -> bytes:
-    """UTF-8 of ``text``; raises :class:`DataError` where it holds lone surrogates, which have none."""
+    """Encode ``text`` in UTF-8; raises :class:`DataError` where it holds lone surrogates, which have none."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -198,7 +196,7 @@ def _code_points(text: str) -> Array:
 
 
 def _without_ends(a: str, b: str) -> tuple[str, str]:
-    """Two texts without the characters that they begin and end with alike."""
+    """Return two texts without the characters that they begin and end with alike."""
 
     def alike(a: Iterable[str], b: Iterable[str]) -> int:
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
@@ -288,7 +286,7 @@ def check_documents(
 
 
 def _cause(tokenizer: Tokenizer, ids: Array, original: str | None) -> tuple[str, str]:
-    """Why the bytes of a document do not add up, and what to do about it."""
+    """Say why the bytes of a document do not add up, and what to do about it."""
     train = "or leave data.tokenizer empty to train one"
     for position in np.flatnonzero(ids == tokenizer.unk_id)[:1]:
         lacking = [c for c in dict.fromkeys(original or "") if tokenizer.unk_id in tokenizer.encode(c)]

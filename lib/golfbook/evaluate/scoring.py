@@ -144,7 +144,7 @@ class Scorer:
 
 
 def bits_per_byte(nll: NDArray[Any], total_bytes: int) -> float:
-    """Sum of ``nll`` (nats, added in float64) divided by ``ln 2`` and by the bytes of the text that was scored."""
+    """Divide the sum of ``nll`` (nats, added in float64) by ``ln 2`` and by the bytes of the text that was scored."""
     if total_bytes <= 0:
         raise DataError(f"bits per byte need a text of at least one byte, got {total_bytes}")
     return float(np.sum(nll, dtype=np.float64)) / (math.log(2.0) * total_bytes)
@@ -163,7 +163,7 @@ def summarize(nll: NDArray[Any], total_bytes: int) -> dict[str, float | int]:
 
 
 def _read_length(model: GPT, windows: Windows, window: int) -> int:
-    """Positions that a pass must compute: those of the longest window, in whole mini-batches of TTT-Linear."""
+    """Return the positions a pass must compute: those of the longest window, in whole mini-batches of TTT-Linear."""
     refiner = model.config.ttt_linear
     batch = refiner.mini_batch if refiner.enabled else 1
     longest = int((windows.stop - windows.starts).max())

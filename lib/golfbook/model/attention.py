@@ -25,7 +25,7 @@ QUERY_BLOCK = 128  # positions of one block on a CPU: what lies above the diagon
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Tensor:
-    """Softmax attention of each position over itself and those before, scale 1/sqrt(d).
+    """Compute softmax attention of each position over itself and those before, scale 1/sqrt(d).
 
     ``q`` is (B, H, T, d), ``k`` and ``v`` are (B, K, T, d) with H a multiple of K; returns (B, H, T, d). "auto" is
     what :mod:`golfbook.compute` was told last, else torch's own kernel. Raises :class:`RunError` for a backend that
@@ -42,7 +42,7 @@ def _auto(q: Tensor, k: Tensor, v: Tensor) -> Backend:
 
 
 def candidates(device: torch.device, dtype: torch.dtype, training: bool) -> list[Backend]:
-    """Backends that are worth measuring here, torch's own kernel first.
+    """List the backends that are worth measuring here, torch's own kernel first.
 
     Blocks of matrix products on a CPU, FlashAttention-3 where it runs. Never flex attention: for a plain causal mask it
     has no advantage.
@@ -52,7 +52,7 @@ def candidates(device: torch.device, dtype: torch.dtype, training: bool) -> list
 
 
 def why_not(backend: Backend, device: torch.device, dtype: torch.dtype, *, training: bool = True) -> str:
-    """Why a backend cannot run on this device in this dtype, backward too if ``training``; empty where it can."""
+    """Say why a backend cannot run on this device in this dtype, backward too if ``training``; empty where it can."""
     if backend == "flex" and training and device.type == "cpu":
         return "flex attention has no backward pass on a CPU"
     if backend == "flash3":
@@ -68,7 +68,7 @@ def why_not(backend: Backend, device: torch.device, dtype: torch.dtype, *, train
 
 @functools.cache
 def flash3_obstacle() -> str:
-    """Why FlashAttention-3 cannot be imported; empty where it can."""
+    """Return why FlashAttention-3 cannot be imported; empty where it can."""
     try:
         import flash_attn_interface  # noqa: F401
     except (ImportError, OSError) as error:  # missing, or built for another torch
@@ -126,7 +126,7 @@ def _block_mask(time: int, device: torch.device) -> Any:
 
 
 def _ordered(x: Tensor, groups: int, factor: float = 1.0) -> Tensor:
-    """``factor`` times (B, G * n, T, d) as contiguous (B * G, T * n, d): queries of the same keys, earliest first."""
+    """Return ``factor`` times (B, G * n, T, d), contiguous as (B * G, T * n, d): queries of one key, earliest first."""
     batch, heads, time, width = x.shape
     share = heads // groups
     out = x.new_empty(batch, groups, time, share, width)
@@ -142,7 +142,7 @@ def _unordered(x: Tensor, shape: torch.Size, groups: int) -> Tensor:
 
 
 def _blocks(q: Tensor, k: Tensor, masks: bool = True) -> Iterator[tuple[slice, int, Tensor]]:
-    """Rows of each block of queries, the number of keys that they see, and the mask of the last of these keys.
+    """Return the rows of each block of queries, the number of keys they see, and the mask of the last of these.
 
     Without ``masks`` the keys stand in their place, where only sizes are asked.
     """
@@ -156,14 +156,14 @@ def _blocks(q: Tensor, k: Tensor, masks: bool = True) -> Iterator[tuple[slice, i
 
 @functools.lru_cache(maxsize=64)
 def _mask(time: int, share: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Added to the scores of ``time`` positions with ``share`` queries each: -inf above the diagonal."""
+    """Return what is added to the scores of ``time`` positions with ``share`` queries each: -inf above the diagonal."""
     with torch.inference_mode(False):
         mask = torch.full((time, time), float("-inf"), dtype=dtype, device=device)
         return mask.triu_(1).repeat_interleave(share, 0)
 
 
 def _infer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The output (B, H, T, d) alone: all blocks share two buffers, and no weights outlive their block."""
+    """Compute the output (B, H, T, d) alone: all blocks share two buffers, and no weights outlive their block."""
     shape, groups, width = q.shape, k.size(1), q.size(3)
     q, k, v = _ordered(q, groups, width**-0.5), _ordered(k, groups), _ordered(v, groups)
     out = torch.empty_like(q)
@@ -180,7 +180,7 @@ def _infer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """The output (B, H, T, d), and what the backward pass needs: ordered q, k, v, output, and weights by block."""
+    """Compute the output (B, H, T, d), and keep for the backward pass: ordered q, k, v, output, weights by block."""
     shape, groups, width = q.shape, k.size(1), q.size(3)
     q, k, v = _ordered(q, groups, width**-0.5), _ordered(k, groups), _ordered(v, groups)
     out, kept = torch.empty_like(q), []
@@ -194,7 +194,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def _run_backward(gradient: Tensor, saved: Sequence[Tensor], groups: int) -> list[Tensor]:
-    """Gradients of q (B, H, T, d), k and v (B, K, T, d) from that of the output and what :func:`_run` kept.
+    """Return the gradients of q (B, H, T, d), k and v (B, K, T, d) from that of the output and what :func:`_run` kept.
 
     ``groups`` is K. Sums over blocks are float32.
     """

@@ -37,12 +37,12 @@ class Flops:
 
     @property
     def training(self) -> float:
-        """Forward and backward, all components."""
+        """Add up all components, forward and backward."""
         return sum(self.forward.values()) + sum(self.backward.values())
 
     @property
     def inference(self) -> float:
-        """Forward, all components."""
+        """Add up all components, forward."""
         return sum(self.forward.values())
 
     def __truediv__(self, tokens: float) -> Flops:
@@ -50,7 +50,7 @@ class Flops:
 
 
 def per_sequence(model: ModelConfig, length: int, *, causal: bool = False, training: bool = True) -> Flops:
-    """Operations of one sequence of ``length`` tokens; whole numbers.
+    """Count the operations of one sequence of ``length`` tokens; whole numbers.
 
     Each component says what it computes. ``training`` adds what only a training step does: the flow-matching loss and
     heads for later targets. What is computed once a call (NativeFlowMatcher's time embedding) counts once a sequence.
@@ -73,19 +73,19 @@ def _network(model: ModelConfig) -> GPT:
 
 
 def per_token(model: ModelConfig, length: int, *, causal: bool = False, training: bool = True) -> Flops:
-    """Mean operations a token in sequences of ``length`` tokens."""
+    """Return the mean operations a token in sequences of ``length`` tokens."""
     return per_sequence(model, length, causal=causal, training=training) / length
 
 
-def scoring(model: ModelConfig, window: int, stride: int, *, causal: bool = False) -> float:
-    """Operations a scored token with sliding windows: a whole window for ``stride`` targets, the head only for them."""
-    parts = dict(per_sequence(exported(model), window, causal=causal, training=False).forward)
+def scoring(model: ModelConfig, window: int, stride: int) -> float:
+    """Count the operations a target in sliding windows: a window for ``stride`` targets, the head for them only."""
+    parts = dict(per_sequence(exported(model), window, training=False).forward)
     head = parts.pop("head")
     return sum(parts.values()) / stride + head / window
 
 
 def saved_bytes(model: ModelConfig, rows: int, length: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes autograd keeps for the backward pass of one training step, counted without computing anything.
+    """Count the bytes autograd keeps for the backward pass of one training step, without computing anything.
 
     The model runs on the meta device; every storage that is saved and is no weight counts once. Attention is counted
     as a fused kernel saves it: its inputs, its output and one float32 a query. In float32 this is what a CPU keeps. In
@@ -96,16 +96,15 @@ def saved_bytes(model: ModelConfig, rows: int, length: int, dtype: torch.dtype =
 
 
 def activation_bytes(model: ModelConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """:func:`saved_bytes` of ``tokens`` tokens of a long sequence, from a short one: a constant and so much each."""
+    """Estimate :func:`saved_bytes` of ``tokens`` tokens in a row from a short sequence: a constant and so much each."""
     constant, each = _saved_line(model, dtype)
     return round(constant + each * tokens)
 
 
 @functools.lru_cache(maxsize=256)
 def _saved_line(model: ModelConfig, dtype: torch.dtype) -> tuple[int, float]:
-    length = (
-        GROUP * model.ttt_linear.mini_batch if model.ttt_linear.enabled else 512
-    )  # few mini-batches: they are steps
+    # few mini-batches: they are steps
+    length = GROUP * model.ttt_linear.mini_batch if model.ttt_linear.enabled else 512
     if length == model.vocab_size:
         length *= 2
     kept = _saved(model, 1, length, dtype)

@@ -14,7 +14,7 @@ CHUNK_LOGITS_GPU = 2**26  # enough for a GPU to be busy
 
 
 def softcapped_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Mean over all positions of ``-log softmax(cap tanh(hidden head^T / cap))[target]``; float32 scalar in nats.
+    """Average ``-log softmax(cap tanh(hidden head^T / cap))[target]`` over all positions; float32 scalar in nats.
 
     ``hidden`` (..., D), ``head`` (V, D), ``targets`` (...) int64. Equal to the plain formula (PR 1166 section 4, steps
     9-11); but positions go through in chunks, and since the loss is a mean its gradient is known as soon as the logits

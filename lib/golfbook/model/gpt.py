@@ -158,7 +158,7 @@ class GPT(Component):
         return self.logits(self.hidden(tokens))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T); float32 scalar.
+        """Return the mean cross-entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T); float32 scalar.
 
         In training mode the auxiliary losses are added: flow matching and multi-token prediction, each by its weight.
         """
@@ -218,7 +218,7 @@ def model_facts(config: ModelConfig) -> dict[str, Facts]:
 
 
 def parameter_table(config: ModelConfig) -> dict[str, int]:
-    """Parameter counts by group, with their total; nothing is allocated."""
+    """Count the parameters by group, with their total; nothing is allocated."""
     with torch.device("meta"):
         model = GPT(config)
     table: dict[str, int] = {}

@@ -21,7 +21,7 @@ _tables: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
 
 def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
-    """``scale * x / sqrt(mean(x^2) + eps)`` over the last axis, no gain, eps = 2^-23; keeps the dtype of ``x``.
+    """Return ``scale * x / sqrt(mean(x^2) + eps)`` over the last axis, no gain, eps = 2^-23; keeps the dtype of ``x``.
 
     The dtype is pinned because torch 2.12 moved its own ``rms_norm`` to autocast's float32 list; the published runs
     used older releases, where a bfloat16 stream stays bfloat16.
@@ -32,28 +32,28 @@ def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def squared_leaky_relu(x: Tensor, slope: float) -> Tensor:
-    """``leaky_relu(x, slope)^2``: x^2 above zero, (slope x)^2 below (PR 1166 section 4.2)."""
+    """Return ``leaky_relu(x, slope)^2``: x^2 above zero, (slope x)^2 below (PR 1166 section 4.2)."""
     if torch.compiler.is_compiling():
         return F.leaky_relu(x, slope).square()
     return _SquaredLeakyReLU.apply(x, slope)
 
 
 def mix(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """``weights[0] * x + weights[1] * y`` with one weight a channel: ``x``, ``y`` (..., D), ``weights`` (2, D)."""
+    """Return ``weights[0] * x + weights[1] * y``, one weight a channel: ``x``, ``y`` (..., D), ``weights`` (2, D)."""
     if torch.compiler.is_compiling():
         return weights[0].to(x.dtype) * x + weights[1].to(x.dtype) * y
     return _Mix.apply(x, y, weights)
 
 
 def add_scaled(x: Tensor, scale: Tensor, y: Tensor) -> Tensor:
-    """``x + scale * y`` with one scale a channel: ``x``, ``y`` (..., D) of one dtype, ``scale`` (D,)."""
+    """Return ``x + scale * y`` with one scale a channel: ``x``, ``y`` (..., D) of one dtype, ``scale`` (D,)."""
     if torch.compiler.is_compiling():
         return x + scale.to(x.dtype) * y
     return _AddScaled.apply(x, scale, y)
 
 
 def normed_heads(x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None) -> Tensor:
-    """``gain * rotate(rms_norm(x))`` of heads ``x`` (B, T, H, d): queries and keys of attention (PR 1166 section 5).
+    """Return ``gain * rotate(rms_norm(x))`` of heads ``x`` (B, T, H, d): queries and keys (PR 1166 section 5).
 
     ``cos`` and ``sin`` (T, R/2) rotate the first R dimensions in the half-split layout by minus the angle: ``a' = a cos
     + b sin``, ``b' = b cos - a sin``. ``gain`` (H,) has one factor a head.
@@ -68,7 +68,7 @@ def normed_heads(x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """``y - (y . v) v / (v . v)``: exclusive self-attention (XSA, PR 1166 section 5 step 8).
+    """Return ``y - (y . v) v / (v . v)``: exclusive self-attention (XSA, PR 1166 section 5 step 8).
 
     ``y`` is (B, T, H, d), ``v`` (B, T, K, d); query head h belongs to value head h // (H/K).
     """
@@ -88,12 +88,12 @@ def _inverse_rms(x: Tensor) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Sums of products over the last axis, kept as an axis of 1, in the wide dtype."""
+    """Return the sums of products over the last axis, kept as an axis of 1, in the wide dtype."""
     return (x * y).sum(-1, keepdim=True, dtype=_wide(x.dtype))
 
 
 def _by_channel(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
-    """Sums of products over all axes but the last, shaped and typed as ``like``."""
+    """Return the sums of products over all axes but the last, shaped and typed as ``like``."""
     return (x * y).flatten(0, -2).sum(0, dtype=_wide(x.dtype)).to(like.dtype)
 
 
@@ -171,7 +171,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float = 1.0) -> None
 
 
 def _whole_tables(cos: Tensor, sin: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, H, d) factors of ``x`` (B, T, H, d) and of its swapped halves; one and zero where nothing turns."""
+    """Return the factors (T, H, d) of ``x`` (B, T, H, d) and of its swapped halves; 1 and 0 where nothing turns."""
     key = (cos.data_ptr(), sin.data_ptr(), cos.size(-1), *x.shape[1:], x.dtype)
     if key not in _tables:
         if len(_tables) >= MOST_TABLES:

@@ -266,7 +266,7 @@ class BigramHash(Component):
         tensor.mul_(self.proj_scale)
 
     def rows_of(self, tokens: Tensor, order: int = 2) -> Tensor:
-        """Table rows (B, T) int64 of the last ``order`` tokens at each position of ``tokens`` (B, T) int64."""
+        """Return the table rows (B, T) of the last ``order`` tokens at each position of ``tokens`` (B, T); int64."""
         key, time = torch.zeros_like(tokens[:, order - 1 :]), tokens.size(1)
         for back, prime in enumerate((36313, 27191, 51497)[:order]):
             key = torch.bitwise_xor(key, prime * tokens[:, order - 1 - back : time - back])

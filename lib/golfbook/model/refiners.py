@@ -208,7 +208,7 @@ class NativeFlowMatcher(Refiner):
         return F.pad(torch.cat((angles.sin(), angles.cos()), dim=-1), (0, self.dim % 2))
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """Velocity (B, T, D) at states ``x`` (B, T, D) and times ``t`` that broadcast to (B, T)."""
+        """Return the velocity (B, T, D) at states ``x`` (B, T, D) and times ``t`` that broadcast to (B, T)."""
         time = self.time_proj(self.time_embedding(t).to(x.dtype))
         return self.v_out(F.gelu(self.v_in(x) + time))
 
@@ -220,7 +220,7 @@ class NativeFlowMatcher(Refiner):
         return self.config.loss_weight * self.matching_loss(x)
 
     def matching_loss(self, x: Tensor, t: Tensor | None = None, z: Tensor | None = None) -> Tensor:
-        """Mean squared error of the velocity at random times against ``x - z``; float32 scalar, no gradient to ``x``.
+        """Average the velocity's squared error against ``x - z`` at random times; float32 scalar, no gradient to ``x``.
 
         ``t`` (B, T) and ``z`` (B, T, D) are drawn from torch's global generator where not given.
         """

@@ -37,12 +37,12 @@ def ttt_scan(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gamm
 
 
 def _norm(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised rows, their means and reciprocal deviations."""
+    """Return normalised rows, their means and reciprocal deviations."""
     return torch.native_layer_norm(z, (z.size(-1),), None, None, LN_EPS)
 
 
 def _norm_backward(gradient: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient at ``z`` of a loss with gradient ``gradient`` at LN(z); it is linear and symmetric in ``gradient``."""
+    """Return the gradient at ``z`` of a loss whose gradient at LN(z) is ``gradient``; a symmetric linear map."""
     return torch.ops.aten.native_layer_norm_backward(
         gradient, z, (z.size(-1),), mean, rstd, None, None, [True, False, False]
     )[0]
@@ -74,18 +74,18 @@ class _Group:
         self.weight, self.bias = weight, bias
 
     def mixed(self) -> tuple[Tensor, Tensor]:
-        """Causal products ``c`` (M, N, size, size) and the values ``y`` (M, N, size, width)."""
+        """Return the causal products ``c`` (M, N, size, size) and the values ``y`` (M, N, size, width)."""
         causal = (self.q @ self.k.mT + 1).tril_()
         return causal, self.q @ self.weights + self.biases - self.eta * (causal @ self.gradients)
 
     def outputs(self) -> Tensor:
-        """Outputs of the group's mini-batches."""
+        """Return the outputs of the group's mini-batches."""
         return torch.addcmul(self.q + self.delta, self.gamma, _norm(self.mixed()[1])[0])
 
     def backward(
         self, d_out: Tensor, d_weight: Tensor, d_bias: Tensor, d_gamma: Tensor, d_delta: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v and of the states at the group's start, given those at its end.
+        """Return the gradients of q, k, v and of the states at the group's start, given those at its end.
 
         ``d_gamma`` and ``d_delta`` (N, 1, width) are added to in place.
         """
@@ -125,7 +125,7 @@ class _Group:
 def _run(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, delta: Tensor, eta: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """Outputs, and the fast weights and biases at the start of each group, in turn."""
+    """Compute the outputs, and the fast weights and biases at the start of each group, in turn."""
     outputs, states = torch.empty_like(q), []
     for start in range(0, len(q), GROUP):
         states += [weight, bias]
@@ -139,7 +139,7 @@ def _run(
 def _run_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, delta: Tensor, states: Sequence[Tensor], eta: float
 ) -> tuple[Tensor, ...]:
-    """Gradients of all tensors that :func:`_run` took, in its order."""
+    """Return the gradients of all tensors that :func:`_run` took, in its order."""
     d_q, d_k, d_v = (torch.empty_like(q) for _ in range(3))
     d_gamma, d_delta = torch.zeros_like(gamma), torch.zeros_like(delta)
     d_weight, d_bias = torch.zeros_like(states[0]), torch.zeros_like(states[1])

@@ -73,27 +73,28 @@ def load_published(
     :class:`ConfigError` for an override that does not exist or does not fit.
     """
     name = system_name(system)
-    state = _plain_floats(read_state(source) if isinstance(source, str | Path) else source)
+    state = read_state(source) if isinstance(source, str | Path) else source
+    state = {key: value.detach().to("cpu", torch.float32) for key, value in state.items()}
     state = unbank(_without_prefix(state))
-    model = GPT(infer_config(state, name, overrides))
+    model = GPT(infer_config(state, name, overrides or {}))
     _require_same(state, model.state_dict(), name)
     model.load_state_dict(state)
     return model.eval()
 
 
-def published_state(model: GPT, system: str, *, banked: bool | None = None) -> dict[str, Tensor]:
-    """The model's tensors under a system's own names, order, shapes and storage dtypes.
+def published_state(model: GPT, system: str) -> dict[str, Tensor]:
+    """Return the model's tensors under a system's own names, order, shapes and storage dtypes.
 
-    ``banked`` stacks the matrices of all layers as PR 1166 and PR 1406 do; by default it follows the system.
+    The matrices of all layers are stacked for PR 1166 and PR 1406.
     """
     name = system_name(system)
     facts = facts_of(model)
     state = {key: value.detach().to(facts[key].dtype, copy=True) for key, value in model.state_dict().items()}
-    return bank(state) if (name in BANKED if banked is None else banked) else state
+    return bank(state) if name in BANKED else state
 
 
 def system_name(system: str) -> str:
-    """Canonical name of a published system; raises :class:`CheckpointError` for an unknown one."""
+    """Return the canonical name of a published system; raises :class:`CheckpointError` for an unknown one."""
     digits = re.fullmatch(r"(?:pr|s)?[ _#]?(\d{4})(?:_.*)?", system.lower())
     name = f"pr{digits[1]}" if digits else system
     if name not in PRESETS:
@@ -168,14 +169,14 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def _load(data: bytes) -> Any:
-    """Content of an unpacked file: safetensors (a length, then JSON), or what torch wrote."""
+    """Load the content of an unpacked file: safetensors (a length, then JSON), or what torch wrote."""
     if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8:
         return safetensors.torch.load(data)
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without what wrappers put before all their names, such as ``_orig_mod.`` or ``module.``."""
+    """Return the tensors without what wrappers put before all their names, such as ``_orig_mod.`` or ``module.``."""
     prefix = next((key for key in state if key.endswith("tok_emb.weight")), "").removesuffix("tok_emb.weight")
     other = [key for key in state if not key.startswith(prefix)]
     if other:
@@ -185,8 +186,8 @@ def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
-def infer_config(state: Mapping[str, Tensor], system: str, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """The model section a published, unbanked state dict belongs to; see :func:`load_published`."""
+def infer_config(state: Mapping[str, Tensor], system: str, overrides: Mapping[str, Any]) -> ModelConfig:
+    """Infer the model section a published, unbanked state dict belongs to; see :func:`load_published`."""
     if not any(key.startswith("blocks.") for key in state) or "tok_emb.weight" not in state:
         raise CheckpointError(
             f"this is no state dict of {system}: no 'tok_emb.weight' or no blocks; has {_some(state)}"
@@ -199,7 +200,7 @@ def infer_config(state: Mapping[str, Tensor], system: str, overrides: Mapping[st
             f"cannot tell the sizes of this {system} state dict: {error!s} is missing or odd"
         ) from None
     config = load_config(PRESETS[system], overrides={f"model.{key}": value for key, value in found.items()}
-                         | _translated(overrides or {}))  # fmt: skip
+                         | _translated(overrides))  # fmt: skip
     return config.model
 
 
@@ -260,10 +261,6 @@ def _translated(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _plain_floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().to("cpu", torch.float32) for key, value in state.items()}
-
-
 def _require_same(state: Mapping[str, Tensor], template: Mapping[str, Tensor], system: str) -> None:
     missing, extra = [k for k in template if k not in state], [k for k in state if k not in template]
     shapes = [
@@ -278,10 +275,10 @@ def _require_same(state: Mapping[str, Tensor], template: Mapping[str, Tensor], s
         )
 
 
-def _some(names: Any, most: int = 12) -> str:
+def _some(names: Any) -> str:
     names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return (", ".join(names[:12]) or "none") + more
 
 
 def _decompress(data: bytes) -> bytes:

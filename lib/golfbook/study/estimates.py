@@ -58,12 +58,12 @@ class History:
 
 
 def uses_gpu(config: Config) -> bool:
-    """Whether the trainer of this config will run on a GPU here."""
+    """Return whether the trainer of this config will run on a GPU here."""
     return config.machine.device == "cuda" or (config.machine.device == "auto" and bool(visible_gpus()))
 
 
 def rough_parameters(model: ModelConfig) -> int:
-    """Parameters of a model within a few per cent, without building it."""
+    """Estimate the parameters of a model within a few per cent, without building it."""
     width, heads = model.model_dim, model.num_heads
     kv = width * model.num_kv_heads // heads
     block = 2 * width * width + 2 * width * kv + 2 * int(model.mlp_mult * width) * width + 5 * width
@@ -134,18 +134,18 @@ def estimate(config: Config, stages: Iterable[str], history: History) -> Estimat
 
 
 def training_operations(config: Config) -> float:
-    """Arithmetic operations of the training stage."""
+    """Estimate the operations of the training stage."""
     return 6.0 * rough_parameters(config.model) * config.train.steps * config.train.batch_tokens
 
 
 def scoring_operations(config: Config, tokens: int) -> float:
-    """Arithmetic operations of the final score: sliding windows and one contiguous pass over ``tokens`` targets."""
+    """Estimate the operations of the final score: sliding windows and one contiguous pass over ``tokens`` targets."""
     passes = 1 + (config.window / config.score.stride if tokens > config.window else 1)
     return 2.0 * rough_parameters(config.model) * tokens * passes
 
 
 def _memory(config: Config, size: int) -> int:
-    """Host bytes of a run: weights, gradient, two moments, average; activations kept for the backward pass."""
+    """Estimate the host bytes of a run: weights, gradient, two moments, average; activations for the backward pass."""
     model, processes = config.model, config.machine.processes
     tokens = config.train.batch_tokens // processes
     widths = model.num_layers * model.model_dim * (12 + 4 * model.mlp_mult) + 3 * model.vocab_size
@@ -174,7 +174,7 @@ def _rule_of_thumb(config: Config, processes: int) -> float:
 
 
 def _nearest_speed(known: Iterable[Work], size: int) -> float | None:
-    """Operations a second of the ten runs nearest in size taken together, within a factor of ten.
+    """Return the operations a second of the ten runs nearest in size taken together, within a factor of ten.
 
     Taken together, long runs weigh more than short ones, as they will in what is estimated.
     """

@@ -23,11 +23,11 @@ class Interpreter(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        """What jupyter asks an installed kernel for."""
+        """Return what jupyter asks an installed kernel for."""
         return KernelSpec(display_name="Python", language="python")
 
     def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
-        """The command; none of its words is a template."""
+        """Return the command; none of its words is a template."""
         words = [sys.executable, "-m", "ipykernel_launcher", "-f", self.connection_file, *(extra_arguments or [])]
         return [*words, f"--IPKernelApp.exec_lines={self.first_line}"] if self.first_line else words
 

@@ -112,12 +112,12 @@ def execute_figure(study: str, name: str, private: Path) -> None:
 
 
 def figure_record(study: str, name: str) -> Path:
-    """File that says what a figure notebook was last executed on, and which pictures it wrote."""
+    """Return the file that says what a figure notebook was last executed on, and which pictures it wrote."""
     return runs_root() / study / f"figures.{name}.json"
 
 
 def read_figure_record(study: str, name: str) -> dict[str, Any]:
-    """Content of :func:`figure_record`; empty where there is none or it is unreadable."""
+    """Read the file :func:`figure_record`; empty where there is none or it is unreadable."""
     return read_json(figure_record(study, name))
 
 
@@ -187,7 +187,7 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any], private: 
 
 
 def _literal(path: Path) -> str:
-    """A path that papermill, which takes paths for templates, leaves as it is."""
+    """Write a path so that papermill, which takes paths for templates, leaves it as it is."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
@@ -231,7 +231,7 @@ def end_kernels(private: Path) -> None:
 
 
 def child_main(arguments: list[str]) -> NoReturn:
-    """Entry of the subprocess: ``KIND PARENT ERRORS PRIVATE``, then ``RUN_DIR STAGE OVERRIDES`` or ``STUDY NAME``.
+    """Run the subprocess: ``KIND PARENT ERRORS PRIVATE``, then ``RUN_DIR STAGE OVERRIDES`` or ``STUDY NAME``.
 
     Ends with status 0, or 1 after writing the cause to the file ERRORS, or 3 where the process PARENT has died.
     """
@@ -257,7 +257,7 @@ def child_main(arguments: list[str]) -> NoReturn:
 
 
 def _explain(error: Any, partial: Path) -> str:
-    """The message of a failed cell: that of our own error where it was one, else the end of the traceback."""
+    """Return the message of a failed cell: that of our own error where it was one, else the end of the traceback."""
     from papermill.exceptions import strip_color
 
     where = f"in cell {error.cell_index} of {partial}"
@@ -270,7 +270,7 @@ def _explain(error: Any, partial: Path) -> str:
 
 
 def _last_cell(partial: Path) -> str:
-    """``" in cell n ('source')"``: the last cell that started, whatever papermill says was completed."""
+    """Return ``" in cell n ('source')"``: the last cell that started, whatever papermill says was completed."""
     import nbformat
 
     try:
@@ -298,29 +298,29 @@ def _stop(*_: object) -> NoReturn:
 
 
 def describe_exit(code: int) -> str:
-    """Words for the exit status of a subprocess that left no message."""
+    """Describe the exit status of a subprocess that left no message."""
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return f"the process was killed by {name}, perhaps for lack of memory"
     return f"the process ended with status {code}"
 
 
-def log_tail(path: Path, lines: int = 5) -> str:
-    """Last lines of a log file, indented, for messages; empty where there is none."""
+def log_tail(path: Path) -> str:
+    """Read the last five lines of a log file, indented, for messages; empty where there is none."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    return "".join(f"\n    {line}" for line in text.strip().splitlines()[-lines:])
+    return "".join(f"\n    {line}" for line in text.strip().splitlines()[-5:])
 
 
 def error_path(log: Path) -> Path:
-    """File in which a subprocess leaves the cause of its failure, beside its log."""
+    """Return the file in which a subprocess leaves the cause of its failure, beside its log."""
     return log.with_suffix(".error.txt")
 
 
 def stage_log(run: Run, stage: str) -> Path:
-    """Log of the process that executes a stage's notebook."""
+    """Return the log of the process that executes a stage's notebook."""
     return run.notebooks_path / f"{stage}.log"
 
 

@@ -47,16 +47,16 @@ class PlannedRun:
 
     @property
     def run(self) -> Run:
-        """The run folder as an object; the folder need not exist yet."""
+        """Return the run folder as an object; the folder need not exist yet."""
         return Run(self.path, self.config)
 
     @property
     def name(self) -> str:
-        """``<variant>-s<seed>``, for messages."""
+        """Return ``<variant>-s<seed>``, for messages."""
         return f"{self.variant}-s{self.config.seed}"
 
     def finished(self, stage: str) -> bool:
-        """Whether a stage needs no more work: see :func:`stage_finished`."""
+        """Return whether a stage needs no more work: see :func:`stage_finished`."""
         return stage_finished(self.run, stage)
 
 
@@ -74,27 +74,27 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Folder of the study: run folders, tables, executed figure notebooks."""
+        """Return the folder of the study: run folders, tables, executed figure notebooks."""
         return runs_root() / self.study
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Names of the variants in the order of the job file."""
+        """Return the names of the variants in the order of the job file."""
         return tuple(dict.fromkeys(run.variant for run in self.runs))
 
     def remaining(self) -> list[tuple[PlannedRun, str]]:
-        """All (run, stage) pairs that still need work."""
+        """List all (run, stage) pairs that still need work."""
         return [(run, stage) for run in self.runs for stage in self.stages if not run.finished(stage)]
 
     def remaining_seconds(self) -> float:
-        """Expected wall-clock seconds of what remains, with all workers busy."""
+        """Estimate the wall-clock seconds of what remains, with all workers busy."""
         costs: dict[str, float] = {}
         for run, stage in self.remaining():
             costs[run.name] = costs.get(run.name, 0.0) + run.estimate.seconds[stage]
         return max(max(costs.values()), sum(costs.values()) / self.workers) if costs else 0.0
 
     def memory_bytes(self) -> int:
-        """Expected bytes of memory when all workers are busy."""
+        """Estimate the bytes of memory when all workers are busy."""
         return sum(sorted((run.estimate.memory_bytes for run in self.runs), reverse=True)[: self.workers])
 
 
@@ -142,7 +142,7 @@ def plan(path: str | Path, *, workers: int | None = None) -> Plan:
 
 
 def stage_finished(run: Run, stage: str) -> bool:
-    """Whether a job has no more to do for a stage: its result is whole, and its notebook ran to the end.
+    """Return whether a job has no more to do for a stage: its result is whole, and its notebook ran to the end.
 
     The executed notebook gets its final name only after its process succeeded, so a notebook that fails in a cell after
     the result was written is tried again; the stage itself is then skipped, because its result is there.
@@ -151,12 +151,12 @@ def stage_finished(run: Run, stage: str) -> bool:
 
 
 def executed_notebook(run: Run, stage: str) -> Path:
-    """Where the notebook of a stage lies once it has run to its end."""
+    """Return where the notebook of a stage lies once it has run to its end."""
     return run.notebooks_path / f"{STAGE_NOTEBOOKS[stage]}.ipynb"
 
 
 def notebook_path(name: str) -> Path:
-    """Path of a notebook of the project. Raises :class:`ConfigError` where there is none of that name."""
+    """Return the path of a notebook of the project. Raises :class:`ConfigError` where there is none of that name."""
     folder = project_root() / "notebooks"
     path = folder / f"{name}.ipynb"
     if not path.is_file():
@@ -189,7 +189,7 @@ def check_notebook(name: str, parameters: tuple[str, ...]) -> None:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted form of nested overrides, so that those of a variant can replace single keys of the shared ones."""
+    """Return nested overrides in dotted form, so that those of a variant can replace single keys of the shared ones."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if not isinstance(key, str):
@@ -202,12 +202,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def variant_hash(config: Config) -> str:
-    """Ten hexadecimal digits naming a config without its seed: what the runs of one variant share."""
+    """Return ten hexadecimal digits naming a config without its seed: what the runs of one variant share."""
     return sha256_bytes(canonical_json(config.model_dump(mode="json", exclude={"preset", "seed"})).encode())[:10]
 
 
 def _default_workers(made: Plan) -> int:
-    """As many runs at a time as cores (or GPUs) and memory allow, and no more than there are runs."""
+    """Return as many runs at a time as cores (or GPUs) and memory allow, no more than there are runs."""
     machines = [run.config.machine for run in made.runs]
     if uses_gpu(made.runs[0].config):  # so do all others
         units = len(visible_gpus()) // max(machine.processes for machine in machines)
@@ -218,7 +218,7 @@ def _default_workers(made: Plan) -> int:
 
 
 def _check_shape(job: Mapping[str, Any]) -> list[str]:
-    """Everything wrong with the job file itself, before a single configuration is built."""
+    """List everything wrong with the job file itself, before a single configuration is built."""
     known = (*REQUIRED_KEYS, *OPTIONAL_KEYS)
     found = [f"unknown key '{key}'{nearest(str(key), known)}" for key in job if key not in known]
     found += [f"the key '{key}' is missing" for key in REQUIRED_KEYS if key not in job]
@@ -291,7 +291,7 @@ def _refuse_equal_variants(path: Path, runs: list[PlannedRun]) -> None:
 
 
 def _refuse_mixed_devices(path: Path, runs: list[PlannedRun]) -> None:
-    """Workers and their GPUs are counted for the whole job, and numbers of two devices are not compared."""
+    """Refuse mixed devices: workers and GPUs are counted for the whole job, and numbers of two are not compared."""
     first = runs[0]
     for run in runs:
         if uses_gpu(run.config) != uses_gpu(first.config):
@@ -309,7 +309,7 @@ def _check_files(config: Config) -> None:
 
 
 def _refuse_repeated_keys(path: Path) -> None:
-    """YAML readers keep the last of two equal keys without a word: a variant would vanish."""
+    """Refuse repeated keys: YAML readers keep the last of two equal ones without a word, and a variant would vanish."""
 
     def walk(node: yaml.Node | None) -> None:
         if isinstance(node, yaml.MappingNode):

@@ -26,14 +26,7 @@ from golfbook.provenance import code_sha256
 from golfbook.run import Run, create_run, list_runs
 from golfbook.study.estimates import uses_gpu
 from golfbook.study.interrupts import Interrupts
-from golfbook.study.notebook import (
-    describe_exit,
-    error_path,
-    log_tail,
-    note_failure,
-    read_figure_record,
-    stage_log,
-)
+from golfbook.study.notebook import describe_exit, error_path, log_tail, note_failure, read_figure_record, stage_log
 from golfbook.study.plan import Plan, notebook_path
 from golfbook.study.processes import Executor, Stage
 from golfbook.study.progress import Figure, Progress, Report, RunStatus, State, doing
@@ -123,7 +116,7 @@ class _Job:
             self._tell()
 
     def _take_up(self, waiting: list[RunStatus]) -> list[RunStatus]:
-        """The runs in the order to work on them: first those whose trainer an earlier call has left running.
+        """Return the runs in the order to work on them: first those whose trainer an earlier call has left running.
 
         Trainers that are too many for the workers, and those of runs that are no longer part of the job, are stopped.
         """
@@ -175,11 +168,11 @@ class _Job:
             time.sleep(POLL_SECONDS)
 
     def _hurry(self) -> bool:
-        """Whether somebody does not want to wait for a stop in order."""
+        """Return whether somebody does not want to wait for a stop in order."""
         return self.interrupts.count > 1
 
     def report(self) -> Report:
-        """How it all ended."""
+        """Report how it all ended."""
         seconds = time.monotonic() - self.started
         return Report(self.plan, self.statuses, self.figures, seconds, self.interrupts.count > 0, self.notes)
 
@@ -273,7 +266,7 @@ class _Job:
         )
 
     def _fraction(self) -> float:
-        """Share of all expected seconds of the job that is done."""
+        """Return the share of all expected seconds of the job that is done."""
         total = FIGURE_SECONDS * len(self.figures)
         done = FIGURE_SECONDS * sum(f.state not in ("waiting", "running") for f in self.figures)
         for status in self.statuses:

@@ -61,20 +61,20 @@ class Report:
 
     @property
     def nothing_done(self) -> bool:
-        """Whether everything was finished before."""
+        """Return whether everything was finished before."""
         return not any(r.executed or r.state == "failed" for r in self.runs) and all(
             figure.state == "current" for figure in self.figures
         )
 
     @property
     def failures(self) -> list[RunStatus | Figure]:
-        """Runs and figures that failed."""
+        """Return the runs and figures that failed."""
         failed: list[RunStatus | Figure] = [status for status in self.runs if status.state == "failed"]
         return failed + [figure for figure in self.figures if figure.state == "failed"]
 
 
 def doing(status: RunStatus) -> str:
-    """The stage of a running run, with the steps it has trained, and what else is being done in it."""
+    """Return the stage of a running run, with the steps it has trained, and what else is being done in it."""
     words, what = status.stage, activity.now(status.planned.path, status.since)
     if status.stage == "training":
         steps = launcher.trained_steps(status.planned.run)

@@ -32,16 +32,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ENVELOPE = (
-    "schema_version",
-    "stage",
-    "status",
-    "preset",
-    "variant",
-    "seed",
-    "config_hash",
-    "reads",
-    "writes",
-    "environment",
+    *("schema_version", "stage", "status", "preset", "variant", "seed", "config_hash"),
+    *("reads", "writes", "environment"),
 )
 PREFIXED = ("val_bpb", "val_loss", "finished_at")  # several stages report them: never without the stage's name
 PROVENANCE = {  # column: key of a result's environment
@@ -57,27 +49,19 @@ RECORD = "job.json"
 REFERENCE_COLUMNS = (  # of results.csv, after the settings; those a study does not have are left out
     *("test_time_training_val_bpb", "contiguous_val_bpb", "quantization_val_bpb", "training_val_bpb", "float_val_bpb"),
     *("unigram_bpb", "artifact_bytes", "code_bytes", "total_bytes", "parameters", "steps", "tokens_seen"),
-    *(
-        "train_seconds",
-        "peak_memory_bytes",
-        "precision",
-        "products",
-        "attention",
-        "device",
-        "weights",
-        "dataset_fingerprint",
-    ),
+    *("train_seconds", "peak_memory_bytes", "precision", "products", "attention", "device", "weights"),
+    *("dataset_fingerprint",),
     *("golfbook_version", "torch_version", "git_commit", "git_dirty", "code_sha256", "processor"),
 )
 
 
 def studies() -> list[str]:
-    """Names of all studies that hold at least one run."""
+    """List all studies that hold at least one run."""
     return sorted({path.parent.parent.name for path in runs_root().glob("*/*/config.json")})
 
 
 def current_runs(study: str) -> list[Run]:
-    """Runs of a study, without those of variants that its job file no longer has.
+    """List the runs of a study, without those of variants that its job file no longer has.
 
     A job notes which configuration each of its variants has. When a variant of a job file is edited, renamed or
     removed, its runs stay on the disk but are no longer part of the study; further seeds of a variant are, and so are
@@ -92,7 +76,7 @@ def current_runs(study: str) -> list[Run]:
 
 
 def rows(study: str) -> list[dict[str, Any]]:
-    """One flat mapping a run: identity, state of each stage, results of finished stages, environment.
+    """Return one flat mapping a run: identity, state of each stage, results of finished stages, environment.
 
     A result keeps its name (``artifact_bytes``); where stages report different values under one name it is prefixed
     (``training_val_bpb``). Results of stale or failed stages are left out. Where one name stands for several
@@ -141,16 +125,14 @@ def finished(study: str) -> tuple[pd.DataFrame, list[str]]:
         raise RunError(f"study '{study}' has no finished run yet; golfbook run papermill_jobs/{study}.yaml makes them")
     if waiting:
         left = f"{len(waiting)} of {len(found)} runs are not finished and left out; run the job again to finish them:"
-        states = (
-            f"{row['variant']}, seed {row['seed']}: {row['stage']} {row[row['stage'] + '_state']}" for row in waiting
-        )
+        states = (f"{r['variant']}, seed {r['seed']}: {r['stage']} {r[r['stage'] + '_state']}" for r in waiting)
         notes += [left, *(f"  {state}" for state in states)]
     table = pd.DataFrame([row for i, row in enumerate(found) if not undone[i]])
     return table.rename(columns={f"{STAGES[-1]}_val_bpb": "val_bpb"}), notes
 
 
 def digest(found: Iterable[Mapping[str, Any]]) -> str:
-    """SHA-256 of collected rows: what a figure was made from."""
+    """Return the SHA-256 of collected rows: what a figure was made from."""
     return sha256_bytes(canonical_json(list(found)).encode())
 
 
@@ -181,12 +163,12 @@ def collect(study: str) -> pd.DataFrame:
 
 
 def reference_folder(study: str) -> Path:
-    """Where the small committed tables of a study lie: ``<project>/runs/reference/<study>``."""
+    """Return where the small committed tables of a study lie: ``<project>/runs/reference/<study>``."""
     return project_root() / "runs" / "reference" / study
 
 
 def reference_tables(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The results of a study that are worth keeping, as ``(results, curves)``, from its run folders.
+    """Return the results of a study that are worth keeping, as ``(results, curves)``, from its run folders.
 
     ``results`` has a row for each run that finished the last stage any run of the study has finished: ``variant``,
     ``seed``, ``config_hash``, a column for every setting in which runs of the study differ, named like
@@ -242,13 +224,13 @@ def export_reference(study: str) -> tuple[list[Path], int]:
 
 
 def is_collected(study: str, found: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether the parquet files on the disk hold exactly these rows."""
+    """Return whether the parquet files on the disk hold exactly these rows."""
     files = [runs_root() / study / f"{name}.parquet" for name in ("results", "metrics")]
     return all(path.is_file() for path in files) and read_record(study).get("results_sha256") == digest(found)
 
 
 def read_record(study: str) -> dict[str, Any]:
-    """What jobs have noted about a study: the variants of each job file, those it had before (``former``), and the
+    """Read what jobs have noted about a study: the variants of each job file, those it had before (``former``), and the
     hash of the last collection.
     """
     return read_json(runs_root() / study / RECORD)
@@ -304,7 +286,7 @@ def _label(variant: str, configuration: str) -> str:
 
 
 def _labels(runs: Iterable[Run]) -> dict[Path, str]:
-    """The name of each run's variant; with its hash where the same name stands for several configurations."""
+    """Return the name of each run's variant; with its hash where the same name stands for several configurations."""
     hashes: dict[str, set[str]] = {}
     for run in runs:
         hashes.setdefault(run.variant, set()).add(variant_hash(run.config))
@@ -315,7 +297,7 @@ def _labels(runs: Iterable[Run]) -> dict[Path, str]:
 
 
 def _ambiguous(results: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """Names under which the stages of one run report different values."""
+    """Return the names under which the stages of one run report different values."""
     seen: dict[str, Any] = {}
     pairs = [pair for values in results.values() for pair in values.items()]
     return {name for name, value in pairs if seen.setdefault(name, value) != value}

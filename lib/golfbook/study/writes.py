@@ -32,7 +32,7 @@ def note_writes(folder: str, record: str) -> None:
 
 
 def noted(record: Path) -> list[Path]:
-    """The files of a record that are there, in the order they were first written."""
+    """Read the files of a record that are there, in the order they were first written."""
     try:
         names = record.read_bytes().split(b"\0")
     except FileNotFoundError:

@@ -49,7 +49,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def result(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights handed on, in the names and dtypes of ``weights``, the last ones; :attr:`name` says which."""
+        """Return the weights handed on, named and typed as ``weights``, the last ones; :attr:`name` says which."""
         if self.snapshots:
             chosen: Mapping[str, Tensor] = {name: total / self.snapshots for name, total in self._sum.items()}
         else:
@@ -58,7 +58,7 @@ class WeightAverage:
 
     @property
     def name(self) -> str:
-        """What :meth:`result` gives, for a report."""
+        """Return what :meth:`result` gives, for a report."""
         source = "moving average" if self._ema else "last weights"
         if self.snapshots:
             what = "the moving average" if self._ema else "the weights"
@@ -68,12 +68,12 @@ class WeightAverage:
         return f"{source} (decay 0)" if self.config.averaging.method == "ema" and not self._ema else source
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything but :meth:`state_numbers`, for a checkpoint: ``ema/<weight>`` and ``swa/<weight>``, float32."""
+        """Return all but :meth:`state_numbers`, for a checkpoint: ``ema/<weight>`` and ``swa/<weight>``, float32."""
         ema = {f"ema/{name}": tensor for name, tensor in self._ema.items()}
         return ema | {f"swa/{name}": tensor for name, tensor in self._sum.items()}
 
     def state_numbers(self) -> dict[str, int]:
-        """The counters that belong to :meth:`state_tensors`."""
+        """Return the counters that belong to :meth:`state_tensors`."""
         return {"snapshots": self.snapshots}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:

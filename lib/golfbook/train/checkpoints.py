@@ -33,11 +33,7 @@ Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
 def save_checkpoint(
-    path: Path,
-    model: nn.Module,
-    average: WeightAverage,
-    optimizers: Optimizers,
-    progress: Mapping[str, Any],
+    path: Path, model: nn.Module, average: WeightAverage, optimizers: Optimizers, progress: Mapping[str, Any]
 ) -> None:
     """Write everything a run needs to go on, atomically; ``progress`` is JSON-like (step, position, times)."""
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
@@ -84,7 +80,7 @@ def load_checkpoint(path: Path, model: nn.Module, average: WeightAverage, optimi
 
 
 def load_model(run: Run, which: Literal["averaged", "last"] = "averaged") -> GPT:
-    """The model a finished or interrupted training left behind, in evaluation mode on the CPU.
+    """Load the model a finished or interrupted training left behind, in evaluation mode on the CPU.
 
     ``averaged`` gives the weights the training stage hands on, as ``train.averaging.method`` says. Raises
     :class:`CheckpointError` where there is no usable checkpoint.
@@ -100,7 +96,7 @@ def load_model(run: Run, which: Literal["averaged", "last"] = "averaged") -> GPT
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint without its tensors."""
+    """Read the JSON part of a checkpoint without its tensors."""
     try:
         with safe_open(path, framework="pt") as stream:
             return json.loads(stream.metadata()["progress"])

@@ -136,7 +136,7 @@ def set_up(threads: int, device: torch.device, run: Run | None = None) -> Choice
 
 
 def of_machine(device: torch.device) -> Choices:
-    """What was measured on this machine, from the cache; measured now where the cache has nothing."""
+    """Return what was measured on this machine, from the cache; measure now where the cache has nothing."""
     who = identity(device)
     path = cached(who)
     with _lock(path.with_suffix(".lock")):
@@ -149,12 +149,12 @@ def of_machine(device: torch.device) -> Choices:
 
 
 def cached(who: Mapping[str, str]) -> Path:
-    """File that keeps what was measured on the machine with this :func:`identity`."""
+    """Return the file that keeps what was measured on the machine with this :func:`identity`."""
     return cache_root() / "choices" / f"{_key(who)}.json"
 
 
 def of_run(run: Run, device: torch.device) -> Choices:
-    """What a run computes with: as before where it has begun, as its study does on this kind of machine, or measured.
+    """Choose what a run computes with: as before where it has begun, as its study does on such a machine, or measured.
 
     The decision is written into the folders of the study and of the run.
     """
@@ -173,7 +173,7 @@ def of_run(run: Run, device: torch.device) -> Choices:
 
 
 def why_not(choices: Choices, device: torch.device) -> str:
-    """Why choices made elsewhere cannot be followed on this device; empty where they can."""
+    """Return why choices made elsewhere cannot be followed on this device; empty where they can."""
     for case, backend in choices.attention.items():
         use, dtype, _ = case.split(", ")
         reason = attention.why_not(backend, device, getattr(torch, dtype), training=use == "training")
@@ -185,7 +185,7 @@ def why_not(choices: Choices, device: torch.device) -> str:
 
 
 def describe(choices: Choices) -> list[str]:
-    """One line a choice: what was taken, and the milliseconds of every candidate."""
+    """Describe each choice in a line: what was taken, and the milliseconds of every candidate."""
     taken: dict[str, str] = {"products": choices.products}
     taken |= {f"precision, {length}": name for length, name in choices.precision.items()}
     taken |= {f"attention, {case}": name for case, name in choices.attention.items()}
@@ -198,7 +198,7 @@ def describe(choices: Choices) -> list[str]:
 
 
 def identity(device: torch.device) -> dict[str, str]:
-    """Everything that decides which candidate is fastest: processor, torch and its libraries, switches."""
+    """Return everything that decides which candidate is fastest: processor, torch and its libraries, switches."""
     found = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(exactly=True),
         "torch": torch.__version__,
@@ -211,7 +211,7 @@ def identity(device: torch.device) -> dict[str, str]:
 
 
 def title(device: torch.device) -> str:
-    """The first line of a benchmark: the processor or GPU, and torch."""
+    """Return the first line of a benchmark: the processor or GPU, and torch."""
     return f"{identity(device)['device']}; torch {torch.__version__}"
 
 
@@ -290,7 +290,7 @@ def _products(device: torch.device) -> dict[str, Call]:
 
 
 def _attention(device: torch.device, dtype: torch.dtype, training: bool, length: int) -> dict[str, Call]:
-    """A call of each backend, with its backward pass in training: 4 heads, 2 of keys, 64 wide."""
+    """Return a call of each backend, with its backward pass in training: 4 heads, 2 of keys, 64 wide."""
     rows = 2048 // length * (1 if device.type == "cpu" else 8)
     generator = torch.Generator().manual_seed(0)
 
@@ -309,7 +309,7 @@ def _attention(device: torch.device, dtype: torch.dtype, training: bool, length:
 
 
 def _step(length: str, precision: str, device: torch.device) -> Call:
-    """Forward and backward pass of the quickstart on short sequences, of one published layer on long ones."""
+    """Return a forward and backward pass of the quickstart on short sequences, of one published layer on long ones."""
     overrides: dict[str, Any] = {"machine.precision": precision}
     if length == "long":
         overrides |= {"model.num_layers": 1, "model.xsa": 1, "model.value_embedding.layers": [0]}

@@ -38,29 +38,29 @@ LAUNCHER_VARIABLES = re.compile(
 
 
 def is_running(run: Run) -> bool:
-    """Whether a trainer of this run is alive, here or started by another process."""
+    """Return whether a trainer of this run is alive, here or started by another process."""
     return is_launcher_of(run, _note(run)["pid"]) or run.is_locked("trainer")
 
 
 def is_launcher_of(run: Run, pid: int) -> bool:
-    """Whether this process id is that of a launcher of this run."""
+    """Return whether this process id is that of a launcher of this run."""
     with contextlib.suppress(psutil.Error):
         return _works_on(psutil.Process(pid).cmdline()) == (run.path.resolve(), True)
     return False
 
 
 def trainers() -> dict[Path, int]:
-    """Trainers of this machine: the process id of each launcher by the run folder it works on."""
+    """Find the trainers of this machine: the process id of each launcher by the run folder it works on."""
     return {folder: process.pid for folder, agent, process in _processes() if agent}
 
 
 def is_of_a_job(run: Run) -> bool:
-    """Whether the last trainer of this run was started by a job, and not by a notebook that somebody has open."""
+    """Return whether a job started the last trainer of this run, and not a notebook that somebody has open."""
     return bool(_note(run).get("job"))
 
 
 def command(run: Run) -> list[str]:
-    """Command that trains a run. All on this machine: nothing asks for its name, and the system gives a free port."""
+    """Return the command that trains a run, all on this machine, whose name it never asks, on any free port."""
     words = [sys.executable, "-m", AGENT, "--nnodes=1", f"--nproc-per-node={run.config.machine.processes}"]
     words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={LOOPBACK}:0", f"--local-addr={LOOPBACK}", "--max-restarts=0"]
     words += [f"--log-dir={os.devnull}"]  # its folder of logs: ours are in the run folder
@@ -68,7 +68,7 @@ def command(run: Run) -> list[str]:
 
 
 def environment(run: Run) -> dict[str, str]:
-    """Environment of a trainer: this one's, without what launchers leave in it, and with all that is ours to say."""
+    """Return the environment of a trainer: this one's, without what launchers leave in it, with what is ours to say."""
     threads = str(run.config.machine.threads)
     kept = {name: value for name, value in os.environ.items() if not LAUNCHER_VARIABLES.fullmatch(name)}
     kept |= folders()
@@ -134,7 +134,7 @@ def follow(run: Run, on_update: Update | None = None, poll: float = 0.5) -> dict
 
 
 def _cause(run: Run) -> str:
-    """Which process of the last launch died and how, from the words of torch's launcher; "killed?" where it is mute."""
+    """Say which process of the last launch died and how, in torch's launcher's words; "killed?" where it is mute."""
     text = ""
     with contextlib.suppress(OSError), run.log_path.open("rb") as log:
         log.seek(_note(run)["log_start"])
@@ -179,7 +179,7 @@ def stop(*runs: Run, timeout: float = SAVE_SECONDS, hurry: Callable[[], bool] = 
 
 
 def _note(run: Run) -> dict[str, Any]:
-    """What the last launch noted: ``pid`` of the launcher, ``log_start``, the size of the log before it, ``job``."""
+    """Read what the last launch noted: ``pid`` of the launcher, ``log_start`` (bytes of the log before it), ``job``."""
     note = read_json(run.path / "trainer.json")
     return {"log_start": 0, **(note if isinstance(note.get("pid"), int) else {"pid": 0})}
 
@@ -194,7 +194,7 @@ def _processes() -> Iterator[tuple[Path, bool, psutil.Process]]:
 
 
 def _works_on(words: list[str]) -> tuple[Path | None, bool]:
-    """The run folder that a command line trains, None where it does not, and whether it is that of the launcher."""
+    """Find the run folder that a command line trains (None: no run's), and whether it is that of the launcher."""
     if words[-3:-1] != ["-m", MODULE]:
         return None, False
     agent = AGENT in words
@@ -202,7 +202,7 @@ def _works_on(words: list[str]) -> tuple[Path | None, bool]:
 
 
 def trained_steps(run: Run) -> int:
-    """Last step noted in the metrics of a run; only the end of the file is read."""
+    """Read the last step noted in the metrics of a run; only the end of the file is read."""
     try:
         with run.metrics_path.open("rb") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - 2000))
@@ -216,7 +216,7 @@ def trained_steps(run: Run) -> int:
 
 
 def log_tail(run: Run, lines: int = 12) -> str:
-    """The last lines of the run's log."""
+    """Read the last lines of the run's log."""
     with contextlib.suppress(OSError):
         return "\n".join(run.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
     return "(no log)"

@@ -72,7 +72,7 @@ class Trainer:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a checkpoint must agree with to be continued."""
+        """Return what a checkpoint must agree with to be continued."""
         return {"config": self.config.hash, "dataset": self.dataset.fingerprint}
 
     def save(self) -> None:
@@ -136,7 +136,7 @@ class Trainer:
         self.loader.close()
 
     def elapsed(self) -> float | None:
-        """Training seconds by the first process's clock, the same on all; None where the clock decides nothing."""
+        """Return the seconds trained by the first process's clock, on all; None where the clock decides nothing."""
         if not self.config.train.max_seconds:
             return None
         if self.world == 1:
@@ -146,12 +146,12 @@ class Trainer:
         return float(seconds.item())
 
     def out_of_time(self) -> bool:
-        """Whether ``train.max_seconds`` are used up."""
+        """Return whether ``train.max_seconds`` are used up."""
         elapsed = self.elapsed()
         return elapsed is not None and elapsed >= self.config.train.max_seconds
 
     def train_step(self) -> Tensor:
-        """One optimiser step on the next global batch; returns the loss on this process's rows before it."""
+        """Take one optimiser step on the next global batch; returns the loss on this process's rows before it."""
         train, step = self.config.train, self.step
         if self.model.draws_numbers:  # others in each step and process
             sequence = np.random.SeedSequence([self.config.seed, step, self.rank])
@@ -173,7 +173,7 @@ class Trainer:
         return loss
 
     def agree_to_stop(self) -> bool:
-        """Whether any process was asked to stop; all get the same answer."""
+        """Ask whether any process was asked to stop; all get the same answer."""
         if self.world == 1:
             return self.stop_requested
         flag = torch.tensor([float(self.stop_requested)], device=self.device)
@@ -181,7 +181,7 @@ class Trainer:
         return bool(flag.item())
 
     def mean_loss(self, loss: Tensor) -> float:
-        """Loss over all processes. Stops, on all of them, before a diverged model overwrites the last good state."""
+        """Average the loss over all processes; stop them all before a diverged model overwrites the last good state."""
         if self.world > 1:
             loss = loss.clone()
             dist.all_reduce(loss)
@@ -192,7 +192,7 @@ class Trainer:
         return value
 
     def diverged(self, what: str) -> str:
-        """The message of a run that cannot go on."""
+        """Return the message of a run that cannot go on."""
         kept = f"; the checkpoint of step {self.saved} is kept" if self.saved else ""
         return f"training diverged: {what}. Lower matrix_lr, embed_lr or grad_clip in train.optimizer{kept}"
 
@@ -310,7 +310,7 @@ def _train(run: Run, rank: int, world: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point of a training process; returns the exit status."""
+    """Run a training process; return the exit status."""
     if len(arguments) != 1:
         print("usage: python -m golfbook.train.loop RUN_FOLDER", file=sys.stderr)
         return 2

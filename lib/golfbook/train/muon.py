@@ -38,7 +38,7 @@ CPU_BATCH_BYTES = 2**20  # of matrices in one batch on a CPU: the iteration's bu
 
 
 def iteration_coefficients(steps: int, coefficients: Coefficients = "quintic") -> list[tuple[float, float, float]]:
-    """The (a, b, c) of each of ``steps`` Newton-Schulz steps ``X <- a X + b (X X^T) X + c (X X^T)^2 X``.
+    """Return the (a, b, c) of each of ``steps`` Newton-Schulz steps ``X <- a X + b (X X^T) X + c (X X^T)^2 X``.
 
     "quintic" is the published constant triple. "polar_express" changes it from step to step; each polynomial but the
     last of its table is p(x / 1.01), as in the paper.
@@ -50,10 +50,7 @@ def iteration_coefficients(steps: int, coefficients: Coefficients = "quintic") -
 
 
 def newton_schulz(
-    matrices: Tensor,
-    steps: int = 5,
-    dtype: torch.dtype = torch.bfloat16,
-    coefficients: Coefficients = "quintic",
+    matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16, coefficients: Coefficients = "quintic"
 ) -> Tensor:
     """Approximate ``U V^T`` of each matrix ``U S V^T`` in ``matrices`` (..., rows, columns).
 
@@ -66,7 +63,7 @@ def newton_schulz(
 
 
 def _orthogonalise(x: Tensor, table: list[tuple[float, float, float]], coefficients: Coefficients) -> Tensor:
-    """:func:`newton_schulz` of a batch (n, rows, columns), which is used up; never transposes a matrix in memory.
+    """Apply :func:`newton_schulz` to a batch (n, rows, columns), which is used up; never transposes a matrix in memory.
 
     A is the Gram matrix on the shorter side. For long matrices the first steps share their products with X: with
     ``Z = a I + b A + c A A`` the next X is ``Z X`` and its Gram matrix ``Z A Z``. In exact arithmetic nothing changes;
@@ -86,7 +83,7 @@ def _orthogonalise(x: Tensor, table: list[tuple[float, float, float]], coefficie
 
 
 def _gram_steps(gram: Tensor, steps: list[tuple[float, float, float]]) -> tuple[float, Tensor]:
-    """The product ``alpha I + W`` of the Z of ``steps``; the multiples of I stay apart, so that they are not rounded.
+    """Multiply the Z of ``steps`` to ``alpha I + W``; the multiples of I stay apart, so that they are not rounded.
 
     All matrices are polynomials of ``gram``, so they are symmetric and commute.
     """
@@ -194,7 +191,7 @@ def normalise_rows_(matrices: Tensor) -> Tensor:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> dict[str, list[str]]:
-    """Names of the parameters each optimiser trains: ``matrix``, ``embed``, ``scalar`` and ``head``.
+    """List the parameters each optimiser trains: ``matrix``, ``embed``, ``scalar`` and ``head``.
 
     The rules are those of the components (PR 1166 section 14.1). ``muon_bigram_proj`` moves the projection of the
     hashed bigrams to Muon (PR 1170, PR 1232). The published scripts train the token table of an untied model at 0.6; no

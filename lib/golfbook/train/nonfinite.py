@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def first_nonfinite(named: Iterable[tuple[str, Tensor | None]]) -> str:
-    """Name of the first tensor that holds NaN or infinity and how many of its values do; empty where all are finite."""
+    """Return the name of the first tensor with NaN or infinity, and how many of its values are; empty without one."""
     for name, tensor in named:
         if tensor is None or not tensor.is_floating_point():
             continue
@@ -47,7 +47,7 @@ def first_nonfinite_output(model: nn.Module, forward: Callable[[], Any]) -> str:
 
 
 def explain(model: nn.Module, forward: Callable[[], Any]) -> str:
-    """Where the trouble of a step starts: a weight, else an activation of ``forward``, else a gradient.
+    """Say where the trouble of a step starts: a weight, else an activation of ``forward``, else a gradient.
 
     A weight that is not finite was spoilt by an earlier step; an activation overflowed in this one; a gradient alone
     overflowed in the backward pass.
@@ -63,7 +63,7 @@ def explain(model: nn.Module, forward: Callable[[], Any]) -> str:
 
 
 def largest(model: nn.Module) -> str:
-    """The parameter with the largest absolute value and that value, to see what grew."""
+    """Find the parameter with the largest absolute value and that value, to see what grew."""
     sizes = {name: parameter.detach().abs().max().item() for name, parameter in model.named_parameters()}
     name = max(sizes, key=lambda key: sizes[key] if sizes[key] == sizes[key] else float("inf"))
     return f"{name} ({sizes[name]:.3g})"

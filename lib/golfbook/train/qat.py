@@ -38,7 +38,7 @@ def quantized_names(model: nn.Module, config: QuantizeConfig) -> list[str]:
 
 @contextmanager
 def fake_quantized(model: nn.Module, config: QuantizeConfig) -> Iterator[list[str]]:
-    """Within the block, parameters hold their quantised values; yields the names of those that do.
+    """Let parameters hold their quantised values within the block; yield the names of those that do.
 
     Run forward and backward inside and the optimiser outside. The values are exactly those of
     ``quantize`` followed by ``dequantize``. Raises :class:`golfbook.errors.RunError` naming a weight that cannot
@@ -54,7 +54,7 @@ def fake_quantized(model: nn.Module, config: QuantizeConfig) -> Iterator[list[st
 
 @contextmanager
 def published_fake_quantized(model: nn.Module) -> Iterator[list[str]]:
-    """What the published switch does on a torch release where it takes effect (PR 1166 section 16); for comparison.
+    """Do what the published switch does on a torch release where it takes effect (PR 1166 section 16); for comparison.
 
     It reaches only the two projections that run through the scripts' own linear layer, and rounds them by
     :func:`published_fake_quantize`.
@@ -66,7 +66,7 @@ def published_fake_quantized(model: nn.Module) -> Iterator[list[str]]:
 
 
 def published_fake_quantize(weight: Tensor) -> Tensor:
-    """The published rounding of a float32 matrix: 6 bits with range [-32, 31], float32 scale ``max(row max, 1) / 31``.
+    """Round a float32 matrix as published: 6 bits with range [-32, 31], float32 scale ``max(row max, 1) / 31``.
 
     The exporter differs twice: its range is [-31, 31] and its scale is rounded to float16.
     """

@@ -15,12 +15,9 @@ from golfbook.config.schema import TrainConfig
 
 
 def lr_scale(
-    step: int,
-    config: TrainConfig,
-    elapsed_seconds: float | None = None,
-    mean_step_seconds: float | None = None,
+    step: int, config: TrainConfig, elapsed_seconds: float | None = None, mean_step_seconds: float | None = None
 ) -> float:
-    """Multiplier of every base rate, between 0 and 1: the smaller one of warm-up and warmdown.
+    """Return the multiplier of every base rate, between 0 and 1: the smaller one of warm-up and warmdown.
 
     Warm-up: ``(step + 1) / lr_warmup_steps``. Warmdown: the share f of it that is left, 1 before it starts, becomes
     ``min + (1 - min) h`` with h = f (linear) or ``(1 - cos(pi f)) / 2`` (cosine), and min = ``min_lr_scale``. By steps,
@@ -48,14 +45,14 @@ def _warmdown_left(step: int, config: TrainConfig, elapsed: float | None, mean_s
 
 
 def muon_momentum(step: int, config: TrainConfig) -> float:
-    """Momentum of Muon: linear from ``muon_momentum_start`` to ``muon_momentum`` over its warm-up (section 14.2)."""
+    """Return Muon's momentum: linear from ``muon_momentum_start`` to ``muon_momentum`` at warm-up (section 14.2)."""
     warmup = config.optimizer.muon_momentum_warmup_steps
     done = min(step / warmup, 1.0) if warmup else 1.0
     return (1 - done) * config.optimizer.muon_momentum_start + done * config.optimizer.muon_momentum
 
 
 def snapshot_due(step: int, scale: float, config: TrainConfig) -> bool:
-    """Whether SWA takes a snapshot after ``step``, which ran at learning-rate scale ``scale`` (PR 1166 section 16).
+    """Return whether SWA takes a snapshot after ``step`` at learning-rate scale ``scale`` (PR 1166 section 16).
 
     Every ``swa_every`` steps while the scale is below ``swa_start``; the low scales of a warm-up do not count.
     """
@@ -67,12 +64,12 @@ def snapshot_due(step: int, scale: float, config: TrainConfig) -> bool:
 
 
 def qat_active(step: int, scale: float, config: TrainConfig) -> bool:
-    """Whether ``step``, at learning-rate scale ``scale``, fake-quantises: below ``qat_start`` and past the warm-up."""
+    """Return whether ``step`` at rate scale ``scale`` fake-quantises: below ``qat_start`` and past the warm-up."""
     return step >= config.schedule.lr_warmup_steps and scale < config.qat.start
 
 
 def schedule_table(config: TrainConfig, step_seconds: float | None = None) -> dict[str, np.ndarray]:
-    """Every step of a run: ``step`` int64, ``lr_scale`` and ``muon_momentum`` float64, ``snapshot`` and ``qat`` bool.
+    """Tabulate all steps: ``step`` int64, ``lr_scale`` and ``muon_momentum`` float64, ``snapshot`` and ``qat`` bool.
 
     With ``train.max_seconds`` each step is taken to last ``step_seconds``, and the table ends when the time is used up
     or the steps are; the default is the duration at which both happen together.
@@ -92,7 +89,7 @@ def schedule_table(config: TrainConfig, step_seconds: float | None = None) -> di
 
 
 def step_weights(config: TrainConfig, table: Mapping[str, np.ndarray]) -> tuple[np.ndarray, float]:
-    """What the weights after each step of ``table`` make up of those handed on, and what the initial weights do.
+    """Return what the weights after each step of ``table`` make up of those handed on, and what the initial ones do.
 
     ``table`` is that of :func:`schedule_table`. Returns float64 shares (steps,) and the share of the initial weights;
     together they are 1. :class:`golfbook.train.averaging.WeightAverage` is linear in the weights, so these shares

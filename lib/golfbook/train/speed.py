@@ -71,7 +71,7 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """All terms; they follow each other."""
+        """Return the sum of all terms, which follow each other."""
         return self.products + self.traffic + self.launches
 
 
@@ -91,7 +91,7 @@ def step_time(config: Config, gpu: Gpu, gpus: int = 1) -> StepTime:
 
 
 def totals(config: Config) -> dict[str, float]:
-    """The figures of a preset by name, each with its unit; steps are those of one GPU, whatever was published."""
+    """Return a preset's figures by name, each with its unit; steps are those of one GPU, whatever was published."""
     model, length = config.model, config.train.sequence_length
     found = {
         "forward, MFLOP a token": per_token(model, length, training=False).inference / 1e6,

@@ -80,7 +80,7 @@ class TrainingStep:
         self.warmup_seconds = 0.0
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss in nats in the precision of training: ``inputs`` and ``targets`` (rows, T) int64 on the device."""
+        """Compute the mean loss in nats, as training does: ``inputs`` and ``targets`` (rows, T) int64 on the device."""
         with self._autocast():
             return self.module(inputs, targets)
 
@@ -114,10 +114,9 @@ class TrainingStep:
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             if check and not math.isfinite(norm.item()):
                 raise RunError(self._explain(norm, inputs, targets))
-        if (
-            self.config.train.optimizer.grad_clip
-        ):  # after averaging, so that the step does not depend on the number of processes
-            torch.nn.utils.clip_grads_with_norm_(trained, self.config.train.optimizer.grad_clip, norm)
+        clip = self.config.train.optimizer.grad_clip
+        if clip:  # after averaging, so that the step does not depend on the number of processes
+            torch.nn.utils.clip_grads_with_norm_(trained, clip, norm)
         for optimizer in self.optimizers.values():
             optimizer.step()
         return loss
@@ -146,7 +145,7 @@ class TrainingStep:
         return contextlib.nullcontext()
 
     def _explain(self, norm: Tensor, inputs: Tensor, targets: Tensor) -> str:
-        """Which tensor the trouble of this batch starts in."""
+        """Say which tensor the trouble of this batch starts in."""
 
         parts = self.config.train.micro_batches
 
@@ -217,5 +216,5 @@ class TrainingStep:
 
 
 def compiled_graphs() -> int:
-    """How many graphs torch.compile has made in this process: it must not grow after the warm-up."""
+    """Count the graphs torch.compile has made in this process: it must not grow after the warm-up."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
