@@ -148,8 +148,4 @@ def _write(language: Array, length: int, luck: np.random.Generator) -> Array:
     return np.array(text)
 
 
-EXERCISES: dict[str, Callable[[Any], str]] = {
-    "01.1": byte_counter,
-    "01.2": honest_unigram,
-    "01.3": pair_counts,
-}
+EXERCISES: dict[str, Callable[[Any], str]] = {"01.1": byte_counter, "01.2": honest_unigram, "01.3": pair_counts}

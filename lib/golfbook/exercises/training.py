@@ -115,8 +115,4 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(torch.isfinite(a).all()) and bool((a - b).abs().max() <= CLOSE)
 
 
-EXERCISES: dict[str, Callable[[Any], str]] = {
-    "03.1": newton_schulz,
-    "03.2": largest_decay,
-    "03.3": straight_through,
-}
+EXERCISES: dict[str, Callable[[Any], str]] = {"03.1": newton_schulz, "03.2": largest_decay, "03.3": straight_through}

@@ -16,11 +16,7 @@ from golfbook.train.schedules import schedule_table, step_weights
 
 @styled
 def training_curve(
-    metrics: Sequence[Mapping[str, Any]],
-    *,
-    steps: int = 0,
-    unigram_bpb: float | None = None,
-    title: str = "",
+    metrics: Sequence[Mapping[str, Any]], *, steps: int = 0, unigram_bpb: float | None = None, title: str = ""
 ) -> Picture:
     """Loss of every logged step, bits per byte of every validation, and the learning-rate scale below.
 

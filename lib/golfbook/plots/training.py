@@ -106,13 +106,7 @@ def _draw_events(axes: Axes, row: int, events: pd.DataFrame, points: pd.DataFram
 
 @styled
 def sweep(
-    scores: pd.DataFrame,
-    differences: pd.DataFrame,
-    *,
-    xlabel: str,
-    title: str,
-    base: float = 10,
-    against: str = "",
+    scores: pd.DataFrame, differences: pd.DataFrame, *, xlabel: str, title: str, base: float = 10, against: str = ""
 ) -> Picture:
     """A score over a setting, one line a series, and paired differences beside it.
 
