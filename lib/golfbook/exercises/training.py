@@ -35,9 +35,7 @@ def newton_schulz(answer: Callable[[Tensor], Tensor]) -> str:
         if not _close(result, right):
             raise Misconception(_why_not_orthogonal(answer, given, result))
         if not _close(answer(1000 * given), right):
-            raise Misconception(
-                "a gradient a thousand times as large gives another direction; the size must be gone before step one"
-            )
+            raise Misconception("a gradient a thousand times as large gives another direction; take its size away first")
     zero = answer(torch.zeros(6, 10))
     if not torch.isfinite(zero).all():
         raise Misconception("a zero gradient becomes NaN: 0/0. A matrix that got no signal in a step must stay still")
@@ -94,12 +92,8 @@ def straight_through(answer: Callable[[Tensor, Callable[[Tensor], Tensor]], Tens
 
     used = answer(weight, quantise)
     if not _close(used, quantise(weight)):
-        exact = _close(used, weight)
-        raise Misconception(
-            "the forward pass still sees the exact weights"
-            if exact
-            else "the forward pass sees neither the exact nor the stored weights"
-        )
+        sees = "still sees the exact" if _close(used, weight) else "sees neither the exact nor the stored"
+        raise Misconception(f"the forward pass {sees} weights")
     if used.requires_grad:
         (nn.functional.linear(inputs, used) - targets).square().mean().backward()
     if weight.grad is None:
