@@ -35,7 +35,9 @@ def newton_schulz(answer: Callable[[Tensor], Tensor]) -> str:
         if not _close(result, right):
             raise Misconception(_why_not_orthogonal(answer, given, result))
         if not _close(answer(1000 * given), right):
-            raise Misconception("a gradient a thousand times as large gives another direction; take its size away first")
+            raise Misconception(
+                "a gradient a thousand times as large gives another direction; take its size away first"
+            )
     zero = answer(torch.zeros(6, 10))
     if not torch.isfinite(zero).all():
         raise Misconception("a zero gradient becomes NaN: 0/0. A matrix that got no signal in a step must stay still")
