@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,13 +56,9 @@ def data_flow(model: ModelConfig) -> Picture:
     in_place = again if model.recurrence_place == "in_place" else ()
     after = again if model.recurrence_place == "after" else ()
     rows = max(half, decoder)
-    refiners: dict[str, Any] = {
-        "TTT-Linear": model.ttt_linear,
-        "FlowRefiner": model.flow,
-        "NativeFlow": model.native_flow,
-    }
+    on = model.ttt_linear.enabled, model.flow.enabled, model.native_flow.enabled
     tail = [*(f"block {i} again" for i in after), "RMS norm"]
-    tail += [f"+ {name}" for name, settings in refiners.items() if settings.enabled]
+    tail += itertools.compress(("+ TTT-Linear", "+ FlowRefiner", "+ NativeFlow"), on)
     tail += ["head (tied)" if model.tie_embeddings else "head (own table)", "soft cap"]
     figure, (axes,) = new(width=9.6, height=max(3.6, 0.62 * rows + 1.5))
     axes.axis("off")
