@@ -16,7 +16,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from golfbook.analysis.statistics import Summary, spread_text
+from golfbook.analysis.statistics import spread_text
 from golfbook.analysis.summaries import chosen_rows, seconds_data, states_data, variants_data
 from golfbook.run import STAGES, skipped_runs
 from golfbook.study.plan import Plan
@@ -129,13 +129,13 @@ def show_study(console: Console, study: str, only: Sequence[str] | None = None) 
     variants = variants_data(found)
     lines = []
     for one in variants:
-        summary = Summary(one["n"], one["val_bpb_mean"], one["val_bpb_std"], math.nan, math.nan)
+        score = spread_text(one["n"], one["val_bpb_mean"], one["val_bpb_std"])
         remarks = [f"{one['failed']} failed"] if one["failed"] else []
         if one["val_bpb_after"] not in (None, STAGES[-1]):
             remarks.append(f"BPB after {one['val_bpb_after']}")
         remark = Text(", ".join(remarks), "red" if one["failed"] else "")
         numbers = (_number_text(one[key]) for key in ("artifact_bytes", "seconds"))
-        lines.append([one["variant"], str(one["n"]), spread_text(summary), *numbers, remark])
+        lines.append([one["variant"], str(one["n"]), score, *numbers, remark])
     show_table(
         console,
         ["variant", "n", "BPB mean ± std", "artifact bytes", "seconds", "remark"],

@@ -7,7 +7,6 @@ names of variants, so further rates, warmdowns or batch sizes may join the job; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,21 +21,16 @@ SYSTEMS = {  # how the published tables name a system -> how we do
     **{f"S{number}": f"PR {number}" for number in (1166, 1170, 1232, 1406)},
     "GEPA": "GEPA (PR 612 to 668)",
 }
-SETTINGS = {  # that the comparisons of training are chosen by
-    *(
-        "train.optimizer.matrix_optimizer",
-        "train.optimizer.matrix_lr",
-        "train.schedule.warmdown_steps",
-        "train.schedule.warmdown_shape",
-        "train.averaging.method",
-    ),
-    *("train.averaging.swa_start", "train.averaging.swa_every", "train.batch_tokens"),
-}
+OPTIMIZER, RATE = "train.optimizer.matrix_optimizer", "train.optimizer.matrix_lr"
+WARMDOWN, SHAPE = "train.schedule.warmdown_steps", "train.schedule.warmdown_shape"
+METHOD, BATCH = "train.averaging.method", "train.batch_tokens"
+SNAPSHOTS = ("train.averaging.swa_start", "train.averaging.swa_every")
+SETTINGS = {OPTIMIZER, RATE, WARMDOWN, SHAPE, METHOD, *SNAPSHOTS, BATCH}  # that comparisons of training are chosen by
 OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
 
 
 def read_reference(study: str, base: str = "base") -> tuple[pd.DataFrame, pd.DataFrame] | None:
-    """The committed ``results`` and ``curves`` of a study, or None where there are none; bits per byte as ``val_bpb``.
+    """Return the committed ``results`` and ``curves`` of a study, or None where there are none; scores as ``val_bpb``.
 
     Raises :class:`GolfbookError` where the table has no variant named ``base`` to compare with.
     """
@@ -62,29 +56,28 @@ def about(results: pd.DataFrame) -> str:
 
 
 def differing_in(results: pd.DataFrame, *settings: str) -> pd.DataFrame:
-    """Runs of ``base`` and of all variants that differ from it in nothing but ``settings``."""
+    """Return the runs of ``base`` and of all variants that differ from it in nothing but ``settings``."""
     others = [name for name in results.columns if "." in name and name not in settings]
     base = results.loc[results["variant"] == "base", others].iloc[0]
     return results[(results[others] == base).all(axis=1)]
 
 
 def by_learning_rate(results: pd.DataFrame) -> pd.DataFrame:
-    """Runs that differ from the base in optimiser and learning rate of the matrices; adds ``series`` and ``x``."""
-    rows = differing_in(results, "train.optimizer.matrix_optimizer", "train.optimizer.matrix_lr")
-    rows = rows.assign(
-        series=rows["train.optimizer.matrix_optimizer"].map(OPTIMIZERS), x=rows["train.optimizer.matrix_lr"]
-    )
+    """Return runs that differ from the base in optimiser and rate of the matrices; adds ``series`` and ``x``."""
+    rows = differing_in(results, OPTIMIZER, RATE)
+    rows = rows.assign(series=rows[OPTIMIZER].map(OPTIMIZERS), x=rows[RATE])
     return rows.sort_values(["series", "x", "seed"], ascending=[False, True, True])
 
 
-def optimizer_differences(runs: pd.DataFrame, a: str = "Muon", b: str = "AdamW") -> pd.DataFrame:
-    """Paired difference ``a - b`` of two series of :func:`by_learning_rate`, in two ways, with 95 % t-intervals.
+def optimizer_differences(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the paired difference Muon - AdamW of :func:`by_learning_rate`, in two ways, with 95 % t-intervals.
 
     First each at the rate with the best mean over all seeds: chosen and judged on the same seeds, which flatters both a
     little. Then, for every seed, each at the rate that is best on the *other* seeds; no score takes part in choosing
     its own rate. Columns ``label``, ``mean``, ``low``, ``high``, ``n``, ``p_value``.
     """
-    wide = [runs[runs["series"] == s].pivot(index="x", columns="seed", values="val_bpb").dropna() for s in (a, b)]
+    sides = (runs[runs["series"] == name] for name in ("Muon", "AdamW"))
+    wide = [side.pivot(index="x", columns="seed", values="val_bpb").dropna() for side in sides]
     seeds = wide[0].columns.intersection(wide[1].columns)
     scores = [table[seeds].to_numpy(float) for table in wide]  # (rates, seeds)
     rows = [_difference("each at its best rate", *(s[s.mean(axis=1).argmin()] for s in scores))]
@@ -95,46 +88,31 @@ def optimizer_differences(runs: pd.DataFrame, a: str = "Muon", b: str = "AdamW")
 
 
 def by_warmdown(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Runs that differ from the base in length and shape of the warmdown, and their paired differences from it."""
-    rows = differing_in(results, "train.schedule.warmdown_steps", "train.schedule.warmdown_shape")
-    steps, total = rows["train.schedule.warmdown_steps"], rows["steps"]
-    words = (
-        rows["train.schedule.warmdown_shape"] + ", last " + steps.astype(str) + " of " + total.astype(str) + " steps"
-    )
-    rows = rows.assign(label=words.where(steps > 0, "none: constant rate"))
-    rows = rows.sort_values(
-        ["train.schedule.warmdown_steps", "train.schedule.warmdown_shape", "seed"], ascending=[True, False, True]
-    )
+    """Return runs that differ from the base in length and shape of the warmdown, and paired differences from it."""
+    rows = differing_in(results, WARMDOWN, SHAPE)
+    words = rows[SHAPE] + ", last " + rows[WARMDOWN].astype(str) + " of " + rows["steps"].astype(str) + " steps"
+    rows = rows.assign(label=words.where(rows[WARMDOWN] > 0, "none: constant rate"))
+    rows = rows.sort_values([WARMDOWN, SHAPE, "seed"], ascending=[True, False, True])
     return rows, _differences(rows, rows["variant"] == "base")
 
 
 def by_averaging(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Runs that differ from the base in averaging, with its warmdown and at a constant rate, and paired differences.
+    """Return runs that differ from the base in averaging, with its warmdown and at a constant rate, and differences.
 
-    Adds ``group``, ``label`` and the differences from the last weights within each group. A rate that falls by less
-    than a tenth counts as constant: snapshots are taken below a threshold of the rate, so SWA needs a little fall.
+    Adds ``group`` and ``label``; differences are paired, from the last weights within each group. A rate that falls by
+    less than a tenth counts as constant: snapshots are taken below a threshold of the rate, so SWA needs a little fall.
     """
-    swa = ("train.averaging.swa_start", "train.averaging.swa_every")
-    rows = differing_in(
-        results, "train.averaging.method", *swa, "train.schedule.warmdown_steps", "train.schedule.min_lr_scale"
-    )
+    rows = differing_in(results, METHOD, *SNAPSHOTS, WARMDOWN, "train.schedule.min_lr_scale")
     base = results[results["variant"] == "base"].iloc[0]
-    floor = (
-        rows["train.schedule.min_lr_scale"]
-        if "train.schedule.min_lr_scale" in rows
-        else pd.Series(0.0, index=rows.index)
-    )
-    constant = (rows["train.schedule.warmdown_steps"] == 0) | (floor > 0.9)
-    like_base = (rows["train.schedule.warmdown_steps"] == base["train.schedule.warmdown_steps"]) & ~constant
-    rows = rows.assign(label=rows["weights"], group=np.where(constant, "constant rate", "with the warmdown"))
-    rows = rows[constant | like_base]
+    constant = (rows[WARMDOWN] == 0) | (rows.get("train.schedule.min_lr_scale", 0.0) > 0.9)
+    order = rows[METHOD].map({"none": 0, "ema": 1, "swa": 2, "swa_of_ema": 3})
+    group = np.where(constant, "constant rate", "with the warmdown")
+    rows = rows.assign(label=rows["weights"], group=group, order=order)
+    rows = rows[constant | (rows[WARMDOWN] == base[WARMDOWN])]
     alike = rows.groupby(["group", "label"])["variant"].transform("nunique") > 1
-    rows = rows.assign(label=rows["label"].where(~alike, rows["label"] + " (" + rows["variant"] + ")"))
-    order = rows["train.averaging.method"].map({"none": 0, "ema": 1, "swa": 2, "swa_of_ema": 3})
-    rows = rows.assign(order=order).sort_values(
-        ["group", "order", "label", "seed"], ascending=[False, True, True, True]
-    )
-    return rows.drop(columns="order"), _differences(rows, rows["train.averaging.method"] == "none")
+    rows["label"] = rows["label"].where(~alike, rows["label"] + " (" + rows["variant"] + ")")
+    rows = rows.sort_values(["group", "order", "label", "seed"], ascending=[False, True, True, True])
+    return rows.drop(columns="order"), _differences(rows, rows[METHOD] == "none")
 
 
 def averaging_and_warmdown(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -145,12 +123,12 @@ def averaging_and_warmdown(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.Data
     where the study lacks one of the four cells.
     """
     rows = by_averaging(results)[0]
-    rows = rows[rows["train.averaging.method"].isin(["none", "ema"])].sort_values("group", kind="stable")
-    wide = rows.pivot_table(index="seed", columns=["group", "train.averaging.method"], values="val_bpb").dropna()
+    rows = rows[rows[METHOD].isin(["none", "ema"])].sort_values("group", kind="stable")
+    wide = rows.pivot_table(index="seed", columns=["group", METHOD], values="val_bpb").dropna()
     if wide.shape[1] != 4 or wide.empty:
         return rows[:0], pd.DataFrame(columns=["label", "mean", "low", "high", "n", "p_value"])
-    neither, average = wide["constant rate"]["none"], wide["constant rate"]["ema"]
-    warmdown, both = wide["with the warmdown"]["none"], wide["with the warmdown"]["ema"]
+    cells = (wide[group][method] for group in ("constant rate", "with the warmdown") for method in ("none", "ema"))
+    neither, average, warmdown, both = cells
     better = min(average, warmdown, key=lambda scores: scores.mean())
     pairs = {"averaging alone": (average, neither), "warmdown alone": (warmdown, neither), "both": (both, neither)}
     pairs["both, from the\nbetter one alone"] = both, better
@@ -158,43 +136,33 @@ def averaging_and_warmdown(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.Data
 
 
 def by_batch_size(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Runs with another batch size than the base (which is part of every series), and paired differences from it.
+    """Return runs with another batch size than the base (which is part of every series), and paired differences.
 
     All of them must have seen as many tokens as the base; others are left out. Adds ``series``, by whether the learning
     rate is the base's, and ``x``, the tokens of a step.
     """
     base = results[results["variant"] == "base"]
     first = base.iloc[0]
-    others = results[
-        (results["train.batch_tokens"] != first["train.batch_tokens"])
-        & ((results["tokens_seen"] / first["tokens_seen"] - 1).abs() < 0.01)
-    ]
-    kept = others["train.optimizer.matrix_lr"] == first["train.optimizer.matrix_lr"]
+    equal = (results["tokens_seen"] / first["tokens_seen"] - 1).abs() < 0.01
+    others = results[(results[BATCH] != first[BATCH]) & equal]
+    kept = others[RATE] == first[RATE]
     parts = {"rates as they are": others[kept], "rates times root of the batch": others[~kept]}
     rows = pd.concat([pd.concat([part, base]).assign(series=name) for name, part in parts.items() if len(part)])
-    rows = rows.assign(x=rows["train.batch_tokens"]).sort_values(["series", "x", "seed"])
-    scaled = rows["train.optimizer.matrix_lr"] != first["train.optimizer.matrix_lr"]
-    rows = rows.assign(label=rows["x"].map("{:,}".format) + scaled.map({True: ", rates times root", False: ""}))
+    rows = rows.assign(x=rows[BATCH]).sort_values(["series", "x", "seed"])
+    ending = (rows[RATE] != first[RATE]).map({True: ", rates times root", False: ""})
+    rows = rows.assign(label=rows["x"].map("{:,}".format) + ending)
     return rows, _differences(rows, rows["variant"] == "base")
 
 
 def changes(results: pd.DataFrame) -> pd.DataFrame:
     """Return one row a variant: what it changes in the base's settings, its seeds, and its minutes of training."""
     settings = [name for name in results.columns if "." in name]
-    base = results[results["variant"] == "base"].iloc[0]
-    found = []
+    base, found = results[results["variant"] == "base"].iloc[0], []
     for variant, mine in results.groupby("variant", sort=False):
-        one = mine.iloc[0]
-        changed = {name: one[name] for name in settings if one[name] != base[name]}
-        words = ", ".join(
-            f"{name}: {value:g}" if not isinstance(value, str) else f"{name}: {value}"
-            for name, value in changed.items()
-        )
-        found.append(
-            {"variant": variant, "changes": words or "nothing", "seeds": len(mine)}
-            | {"minutes": mine["train_seconds"].sum() / 60}
-        )
-    return pd.DataFrame(found)
+        changed = {name: mine[name].iloc[0] for name in settings if mine[name].iloc[0] != base[name]}
+        words = ", ".join(f"{name}: {v if isinstance(v, str) else f'{v:g}'}" for name, v in changed.items())
+        found.append((variant, words or "nothing", len(mine), mine["train_seconds"].sum() / 60))
+    return pd.DataFrame(found, columns=["variant", "changes", "seeds", "minutes"])
 
 
 def findings(results: pd.DataFrame) -> list[str]:
@@ -204,17 +172,13 @@ def findings(results: pd.DataFrame) -> list[str]:
     :data:`SETTINGS` is told variant by variant.
     """
     if not set(results) >= SETTINGS:
-        verdicts = ("is better than", "is worse than", "cannot be told from")
-        effects = switch_effects(results).to_dict("records")
-        return [
-            f"**{one['variant']} {_clear(one, *verdicts)} base.** Bits per byte, n = {one['n']} pairs: "
-            + _in_numbers({**one, "label": "difference"})
-            for one in effects
-        ]
+        effects = switch_effects(results)
+        return [switch_in_words(effects, variant) for variant in effects["variant"]]
     optimizers, four = optimizer_differences(by_learning_rate(results)), averaging_and_warmdown(results)[1]
-    averages, sizes = by_averaging(results)[1], by_batch_size(results)
-    parts = {_of_both(four): four, _of_optimizers(optimizers): optimizers}
-    parts[_of_all("length and shape of the warmdown", "the base's", by_warmdown(results)[1])] = by_warmdown(results)[1]
+    averages, warmdowns, sizes = by_averaging(results)[1], by_warmdown(results)[1], by_batch_size(results)
+    muon = _clear(optimizers.iloc[-1], "ends better than", "ends worse than", "cannot be told from")
+    parts = {_of_both(four): four, f"Muon {muon} AdamW on these matrices": optimizers}
+    parts[_of_all("length and shape of the warmdown", "the base's", warmdowns)] = warmdowns
     for group, mine in averages.groupby("group", sort=False):
         where = "at a constant rate" if group == "constant rate" else str(group)
         parts[_of_all(f"way of averaging, {where},", "the last weights", mine)] = mine
@@ -222,7 +186,10 @@ def findings(results: pd.DataFrame) -> list[str]:
     parts = {words: table for words, table in parts.items() if len(table)}
     found = []
     for words, table in parts.items():
-        clauses = "; ".join(_in_numbers(d) for d in table.to_dict("records"))
+        numbers = "{label} {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+        clauses = "; ".join(
+            numbers.format_map(row) for row in table.replace(r"\s+", " ", regex=True).to_dict("records")
+        )
         found.append(f"**{words}.** Bits per byte, n = {table['n'].min()} pairs: {clauses}.")
     values = pd.concat([table["p_value"] for table in parts.values()]).round(15).drop_duplicates()  # each once
     strict = int((values < 0.05 / max(len(values), 1)).sum())
@@ -234,7 +201,7 @@ def findings(results: pd.DataFrame) -> list[str]:
 
 
 def _of_both(four: pd.DataFrame) -> str:
-    """What averaging and warmdown do together, in words."""
+    """Return what averaging and warmdown do together, in words."""
     if four.empty:
         return ""
     average, warmdown, both, more = four.to_dict("records")
@@ -246,22 +213,16 @@ def _of_both(four: pd.DataFrame) -> str:
     return f"Averaging and warmdown do the same work: alone they remove {fall}, together {-both['mean']:.2f}, no more"
 
 
-def _of_optimizers(differences: pd.DataFrame) -> str:
-    last = differences.to_dict("records")[-1]
-    return f"Muon {_clear(last, 'ends better than', 'ends worse than', 'cannot be told from')} AdamW on these matrices"
-
-
 def _of_all(what: str, reference: str, table: pd.DataFrame) -> str:
-    """How all rows of differences lie to their reference, in words."""
+    """Return how all rows of differences lie to their reference, in words."""
     better, worse = int((table["high"] < 0).sum()), int((table["low"] > 0).sum())
     for count, word in ((better, "better"), (worse, "worse")):
         if count and count == len(table):
             return f"Every other {what} is {word} than {reference}"
     if not better:
         return f"No other {what} is better than {reference}"
-    return (
-        f"{better} of {len(table)} ways to change the {what} {'is' if better == 1 else 'are'} better than {reference}"
-    )
+    verb = "is" if better == 1 else "are"
+    return f"{better} of {len(table)} ways to change the {what} {verb} better than {reference}"
 
 
 def _of_batches(runs: pd.DataFrame) -> str:
@@ -274,18 +235,13 @@ def _of_batches(runs: pd.DataFrame) -> str:
     return f"At equal tokens, {which if rising or falling else 'neither small nor large batches always win'}"
 
 
-def _clear(difference: Mapping[Any, Any], lower: str, higher: str, neither: str) -> str:
-    """One of three words: the interval lies below 0, above it, or on both sides (or cannot be known)."""
+def _clear(difference: Any, lower: str, higher: str, neither: str) -> str:
+    """Return one of three words: the interval lies below 0, above it, or on both sides (or cannot be known)."""
     return lower if difference["high"] < 0 else higher if difference["low"] > 0 else neither
 
 
-def _in_numbers(difference: Mapping[Any, Any]) -> str:
-    label = " ".join(str(difference["label"]).split())
-    return f"{label} {difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
-
-
 def warmdown_gains(points: pd.DataFrame, events: pd.DataFrame) -> pd.DataFrame:
-    """What each published run gained in its warmdown: a row a run, bits per byte before it and at the end.
+    """Return what each published run gained in its warmdown: a row a run, bits per byte before it and at the end.
 
     ``before`` is the last validation at or before the ``start`` of the warmdown, NaN where none lies in the second half
     of the steps until then; ``gain`` is what the score fell by from there to the end. A run without a seed has -1.
@@ -303,16 +259,16 @@ def warmdown_gains(points: pd.DataFrame, events: pd.DataFrame) -> pd.DataFrame:
 
 
 def _differences(rows: pd.DataFrame, reference: pd.Series) -> pd.DataFrame:
-    """Paired difference of every label from the reference runs of its group (where there are groups), over seeds."""
+    """Return the paired difference of every label from the reference runs of its group (if there are groups)."""
     rows = rows if "group" in rows else rows.assign(group="")
-    found: list[Mapping[str, Any]] = []
+    found = []
     for (group, label), mine in rows.groupby(["group", "label"], sort=False):
-        other = rows[reference & (rows["group"] == group)].drop_duplicates("seed").set_index("seed")["val_bpb"]
-        values = mine.drop_duplicates("seed").set_index("seed")["val_bpb"]
+        other = rows[reference & (rows["group"] == group)]
+        values, others = (part.drop_duplicates("seed").set_index("seed")["val_bpb"] for part in (mine, other))
         if reference[mine.index].all() or other.empty:
             continue
-        pairs = pd.concat([values, other], axis=1, join="inner")
-        found.append({"group": group, **_difference(str(label), pairs.iloc[:, 0], pairs.iloc[:, 1])})
+        pairs = pd.concat([values, others], axis=1, join="inner").to_numpy(float)
+        found.append({"group": group, **_difference(str(label), *pairs.T)})
     return pd.DataFrame(found, columns=["group", "label", "mean", "low", "high", "n", "p_value"])
 
 
@@ -321,19 +277,15 @@ def _difference(label: str, a: Any, b: Any) -> dict[str, Any]:
     return {"label": label, "mean": d.mean, "low": d.low, "high": d.high, "n": d.n, "p_value": d.p_value}
 
 
-def switch_effects(runs: pd.DataFrame, *, base: str = "base", value: str = "val_bpb") -> pd.DataFrame:
+def switch_effects(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the paired difference of every variant from ``base`` over equal seeds, with its 95 % t-interval.
 
     A row a variant; ``parameters`` is what it has more than ``base``.
     """
-    mine = runs[runs["variant"] == base]
-    reference, size = mine.set_index("seed")[value], mine["parameters"].iloc[0]
-    rows = []
-    for variant, group in runs.loc[runs["variant"] != base].groupby("variant", sort=False):
-        pairs = pd.concat([group.set_index("seed")[value], reference], axis=1, join="inner")
-        more = {"parameters": group["parameters"].iloc[0] - size}
-        rows.append({"variant": variant, **_difference("", pairs.iloc[:, 0], pairs.iloc[:, 1]), **more})
-    return pd.DataFrame(rows).drop(columns="label")
+    effects = _differences(runs.assign(label=runs["variant"]), runs["variant"] == "base")
+    effects = effects.rename(columns={"label": "variant"}).drop(columns="group")
+    size = runs.groupby("variant")["parameters"].first()
+    return effects.assign(parameters=effects["variant"].map(size) - size["base"])
 
 
 def switch_in_words(effects: pd.DataFrame, variant: str) -> str:
@@ -341,9 +293,9 @@ def switch_in_words(effects: pd.DataFrame, variant: str) -> str:
     if variant not in set(effects["variant"]):
         return f"`{variant}` is not in this study"
     row = effects.set_index("variant").loc[variant]
-    clear = "**better** than" if row["high"] < 0 else "**worse** than" if row["low"] > 0 else ""
+    clear = _clear(row, "**better** than", "**worse** than", "not to be told apart from")
     return (
-        f"`{variant}` is {clear or 'not to be told apart from'} the base model: {row['mean']:+.4f} bits per byte "
+        f"`{variant}` is {clear} the base model: {row['mean']:+.4f} bits per byte "
         f"[{row['low']:+.4f}, {row['high']:+.4f}], n = {row['n']:.0f} pairs, {row['parameters']:+,.0f} parameters"
     )
 

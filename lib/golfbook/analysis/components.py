@@ -45,7 +45,7 @@ STEPS = (
 
 
 def summary(config: Config) -> dict[str, dict[str, float]]:
-    """Costs of a model for :func:`golfbook.plots.architecture.model_costs`: nothing is allocated."""
+    """Return the costs of a model for :func:`golfbook.plots.architecture.model_costs`: nothing is allocated."""
     model, length = config.model, config.train.sequence_length
     groups = parameter_table(model)
     total = groups.pop("total")
@@ -89,7 +89,7 @@ def component_costs(preset: str = "pr1166_11l_base") -> pd.DataFrame:
 
 
 def step_errors(published: pd.DataFrame) -> pd.DataFrame:
-    """Published and estimated step times of :data:`STEPS`, each term as a share of the published time."""
+    """Return published and estimated step times of :data:`STEPS`, terms as shares of the published."""
     rows = []
     for label, preset, variant, gpu, gpus in STEPS:
         measured = float(published.loc[published["variant"] == variant, "step_ms"].mean())

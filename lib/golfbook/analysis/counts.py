@@ -29,7 +29,7 @@ def frequencies(tokens: Array, pieces: int) -> Array:
 
 
 class Pairs:
-    """What follows each token: pairs counted in ``tokens``, and ``PRIOR`` pairs more, spread like the frequencies."""
+    """Count what follows each token: pairs in ``tokens``, and ``PRIOR`` pairs more, spread like the frequencies."""
 
     def __init__(self, tokens: Array, pieces: int) -> None:
         ones = np.ones(len(tokens) - 1)

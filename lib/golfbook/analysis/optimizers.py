@@ -17,7 +17,7 @@ PATIENCE = 400  # steps
 
 @dataclass(frozen=True)
 class Valley:
-    """A quadratic loss ``(flat x^2 + steep y^2) / 2``, whose minimum lies at the origin; descent starts at (1, 1)."""
+    """Hold a quadratic loss ``(flat x^2 + steep y^2) / 2``, whose minimum is the origin; start at (1, 1)."""
 
     flat: float = 1.0
     steep: float = 30.0
@@ -54,7 +54,7 @@ def direction_sizes(
     *,
     row_norm: bool = False,
 ) -> np.ndarray:
-    """Size along each singular direction of ``matrix`` (rows, columns) after 0, 1, ... ``steps`` Newton-Schulz steps.
+    """Return the size along each singular direction of ``matrix`` after 0, 1, ... ``steps`` Newton-Schulz steps.
 
     Returns float64 (steps + 1, n), n the shorter side, largest singular value first: ``u_i^T X_k v_i`` with the
     singular vectors of the matrix the iteration starts from, whose rows have unit norm with ``row_norm``. In exact

@@ -20,7 +20,7 @@ from golfbook.model.gpt import GPT
 
 @dataclass(frozen=True)
 class Look:
-    """What one attention did with one sequence: its weights (H, T, T), and cosines of its output.
+    """Hold what one attention did with one sequence: its weights (H, T, T), and cosines of its output.
 
     ``own`` (T * H,) are those with the token's own value. ``other`` is the control: with the value of a random earlier
     token that is another piece, at the positions that have one. ``value_rms`` is the root mean square of its values.
@@ -33,7 +33,7 @@ class Look:
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes queries, keys and values of every attention a model calls."""
+    """Note queries, keys and values of every attention a model calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,19 +78,12 @@ def _look(model: ModelConfig, tokens: Tensor, q: Tensor, k: Tensor, v: Tensor, y
 
 @torch.no_grad()
 def gate_values(model: GPT) -> dict[str, np.ndarray]:
-    """Gates and scales of a model by name, as numbers in use (after their sigmoid)."""
-    found: dict[str, Tensor] = {}
+    """Return gates and scales of a model by name, as numbers in use (after their sigmoid)."""
     state = model.state_dict()
-    if "smear.gate" in state:
-        found["smear gate"] = state["smear.gate"].sigmoid()
-
-    def joined(part: str) -> Tensor | None:
-        parts = [value.flatten() for name, value in state.items() if part in name]
-        return torch.cat(parts) if parts else None
-
     mixes = [value for name, value in state.items() if name.endswith("resid_mix")]
-    found["residual mix r0 (stream)"] = torch.cat([m[0] for m in mixes])
-    found["residual mix r1 (embedding)"] = torch.cat([m[1] for m in mixes])
+    found: dict[str, list[Tensor]] = {"smear gate": [state["smear.gate"].sigmoid()] if "smear.gate" in state else []}
+    found["residual mix r0 (stream)"] = [m[0] for m in mixes]
+    found["residual mix r1 (embedding)"] = [m[1] for m in mixes]
     for label, part in (
         ("attention scale α", "attn_scale"),
         ("MLP scale β", "mlp_scale"),
@@ -99,23 +92,18 @@ def gate_values(model: GPT) -> dict[str, np.ndarray]:
         ("value residual", "vr_lambda"),
         ("value embedding scales", "ve_layer_scales."),
     ):
-        value = joined(part)
-        if value is not None and value.numel():
-            found[label] = value
-    for label, name in (
-        ("gate of TTT-Linear", "ttt_refiner.gate"),
-        ("gate of FlowRefiner", "flow_refiner.gate"),
-        ("gate of NativeFlow", "native_flow.gate"),
-    ):
-        if name in state:
-            found[label] = state[name].sigmoid()
-    return {name: value.float().numpy() for name, value in found.items()}
+        found[label] = [value for name, value in state.items() if part in name]
+    for name, key in (("TTT-Linear", "ttt_refiner"), ("FlowRefiner", "flow_refiner"), ("NativeFlow", "native_flow")):
+        found[f"gate of {name}"] = [state[f"{key}.gate"].sigmoid()] if f"{key}.gate" in state else []
+    joined = {name: torch.cat([v.flatten() for v in values]) for name, values in found.items() if values}
+    return {name: values.float().numpy() for name, values in joined.items() if len(values)}
 
 
 def row_uses(model: GPT, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of the bigram table: how many different pairs of ``tokens`` (n,) use it, and its commonest's share.
+    """Return, for each row of the bigram table, how many different pairs of ``tokens`` (n,) use it.
 
-    The share is NaN for a row that no pair uses. The last row, for 'no predecessor', is left out.
+    Also the share of its uses that its commonest pair has; NaN for a row that no pair uses. The last row is left
+    out: it stands for 'no predecessor'.
     """
     rows = model.bigram.rows_of(tokens[None])[0, 1:].numpy()
     pairs = (tokens[:-1] * model.config.vocab_size + tokens[1:]).numpy()
@@ -130,7 +118,7 @@ def row_uses(model: GPT, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def value_embedding_sizes(model: GPT, tokens: Tensor) -> pd.DataFrame:
-    """Root mean square of the value embedding and of the values it is part of, a row a layer, for ids (T,) int64."""
+    """Return the root mean square of the value embedding and of all values for ids (T,), a row a layer."""
     shared = model.ve_shared(tokens[None])
     looks = look_inside(model, tokens)
     rows = []

@@ -5,7 +5,7 @@ A spread cannot be known from one value: the standard deviation and the interval
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Summary:
-    """``n`` values, their mean, sample standard deviation (n-1) and the interval [low, high] of the mean."""
+    """Hold ``n`` values' mean, sample standard deviation (n-1) and the 95 % interval [low, high] of the mean."""
 
     n: int
     mean: float
@@ -31,91 +31,78 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Mean difference a - b over ``n`` (pairs, or the smaller group), its interval and two-sided p value."""
+class Difference(Summary):
+    """Hold the mean difference a - b over ``n`` pairs (or the smaller group) and its two-sided p value."""
 
-    n: int
-    mean: float
-    std: float
-    low: float
-    high: float
     p_value: float
 
 
-def describe(values: ArrayLike, confidence: float = 0.95) -> Summary:
-    """Summarise values, leaving out NaN; what cannot be computed from them is NaN."""
+def describe(values: ArrayLike) -> Summary:
+    """Return the summary of values, leaving out NaN; what cannot be computed from them is NaN."""
     given = _finite(values)
-    n = len(given)
-    mean = float(given.mean()) if n else float("nan")
+    n, mean = len(given), float(given.mean()) if len(given) else math.nan
     if n < 2:
-        return Summary(n, mean, float("nan"), float("nan"), float("nan"))
+        return Summary(n, mean, *[math.nan] * 3)
     std = float(given.std(ddof=1))
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * std / n**0.5
+    half = float(stats.t.ppf(0.975, n - 1)) * std / n**0.5
     return Summary(n, mean, std, mean - half, mean + half)
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Difference:
-    """Compare two conditions seed by seed: ``a[i]`` and ``b[i]`` share a seed. Pairs with a NaN are left out.
+def paired_difference(a: ArrayLike, b: ArrayLike) -> Difference:
+    """Return what two conditions differ by, seed by seed: ``a[i]`` and ``b[i]`` share a seed. NaN are left out.
 
     Raises ValueError when the lengths differ.
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"paired values must be of equal number, got {first.size} and {second.size}")
-    summary = describe(first - second, confidence)
-    if summary.n < 2:
-        p_value = float("nan")
-    elif summary.std == 0:
-        p_value = 1.0 if summary.mean == 0 else 0.0
+    found = describe(first - second)
+    if found.n < 2:
+        p_value = math.nan
+    elif found.std == 0:
+        p_value = 1.0 if found.mean == 0 else 0.0
     else:
-        p_value = float(2 * stats.t.sf(abs(summary.mean) / (summary.std / summary.n**0.5), summary.n - 1))
-    return Difference(summary.n, summary.mean, summary.std, summary.low, summary.high, p_value)
+        p_value = float(2 * stats.t.sf(abs(found.mean) / (found.std / found.n**0.5), found.n - 1))
+    return Difference(**vars(found), p_value=p_value)
 
 
-def welch(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Difference:
+def welch(a: ArrayLike, b: ArrayLike) -> Difference:
     """Compare two independent groups of unequal variance (Welch 1947). ``std`` is that of the difference of means."""
-    first, second = describe(a, confidence), describe(b, confidence)
+    first, second = describe(a), describe(b)
     n, mean = min(first.n, second.n), first.mean - second.mean
     if n < 2:
-        return Difference(n, mean, float("nan"), float("nan"), float("nan"), float("nan"))
+        return Difference(n, mean, *[math.nan] * 4)
     error = (first.std**2 / first.n + second.std**2 / second.n) ** 0.5
     if error == 0:
         return Difference(n, mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0)
     test = stats.ttest_ind(_finite(a), _finite(b), equal_var=False)
-    low, high = test.confidence_interval(confidence)
+    low, high = test.confidence_interval()
     return Difference(n, mean, float(error), float(low), float(high), float(test.pvalue))
 
 
-def summarize(frame: pd.DataFrame, value: str, by: str | Sequence[str], confidence: float = 0.95) -> pd.DataFrame:
-    """One row a group of ``by`` in order of appearance: the group, then n, mean, std, low and high of ``value``."""
+def summarize(frame: pd.DataFrame, value: str, by: str) -> pd.DataFrame:
+    """Return one row a group of ``by`` in order of appearance: the group, then n, mean, std, low, high of ``value``."""
     import pandas as pd
 
-    keys = [by] if isinstance(by, str) else list(by)
-    rows = []
-    for group, part in frame.groupby(keys, sort=False, dropna=False):
-        names = group if isinstance(group, tuple) else (group,)
-        summary = describe(part[value], confidence)
-        rows.append({**dict(zip(keys, names, strict=True)), **summary.__dict__})
-    return pd.DataFrame(rows, columns=[*keys, "n", "mean", "std", "low", "high"])
+    rows = [{by: group, **vars(describe(part[value]))} for group, part in frame.groupby(by, sort=False, dropna=False)]
+    return pd.DataFrame(rows, columns=[by, "n", "mean", "std", "low", "high"])
 
 
-def paired_by_seed(frame: pd.DataFrame, value: str, a: str, b: str, confidence: float = 0.95) -> Difference:
+def paired_by_seed(frame: pd.DataFrame, value: str, a: str, b: str) -> Difference:
     """Compare variants ``a`` and ``b`` of a table of results over the seeds that both have.
 
     Raises :class:`ConfigError` where one of them has no values.
     """
-    wide = frame.pivot_table(index="seed", columns="variant", values=value, aggfunc="mean")
+    wide = frame.pivot_table(index="seed", columns="variant", values=value)
     for variant in (a, b):
         if variant not in wide:
             raise ConfigError(f"no values of '{value}' for the variant '{variant}'{nearest(variant, wide.columns)}")
-    both = wide[[a, b]].dropna()
-    return paired_difference(both[a], both[b], confidence)
+    return paired_difference(wide[a], wide[b])
 
 
-def spread_interval(std: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval in which the true spread lies, given the standard deviation of ``n`` normal values."""
-    tail = (1 - confidence) / 2
-    low, high = (std * ((n - 1) / stats.chi2.ppf(share, n - 1)) ** 0.5 for share in (1 - tail, tail))
+def spread_interval(std: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of the true spread, given the standard deviation of ``n`` normal values."""
+    low, high = (std * ((n - 1) / stats.chi2.ppf(share, n - 1)) ** 0.5 for share in (0.975, 0.025))
     return float(low), float(high)
 
 
@@ -134,10 +121,10 @@ def power(difference: float, std: float, n: ArrayLike) -> np.ndarray:
     return np.asarray(chance.mean(axis=0))
 
 
-def seeds_for(difference: float, std: float, *, chance: float = 0.8, most: int = 400) -> int:
-    """Return the least number of paired seeds whose :func:`power` is ``chance``; ``most`` where more are needed."""
+def seeds_for(difference: float, std: float, *, most: int = 400) -> int:
+    """Return the least number of paired seeds whose :func:`power` is 80 %; ``most`` where more are needed."""
     n = np.arange(2, most + 1)
-    enough = n[power(difference, std, n) >= chance]
+    enough = n[power(difference, std, n) >= 0.8]
     return int(enough[0]) if len(enough) else most
 
 
@@ -152,12 +139,11 @@ def null_intervals(n: int, studies: int, seed: int = 0, *, errors: float = 0.0) 
     return draws.mean(axis=1)[:, None] + half[:, None] * np.array([-1.0, 1.0])
 
 
-def spread_text(summary: Summary, digits: int = 4) -> str:
-    """``mean ± std`` for tables; the spread of a single value is shown as a dash."""
-    if summary.n == 0:
+def spread_text(n: int, mean: float, std: float) -> str:
+    """Return ``mean ± std`` of ``n`` values for tables; the spread of a single value is shown as a dash."""
+    if n == 0:
         return "–"
-    std = f"{summary.std:.{digits}f}" if summary.n > 1 else "–"
-    return f"{summary.mean:.{digits}f} ± {std}"
+    return f"{mean:.4f} ± " + (f"{std:.4f}" if n > 1 else "–")
 
 
 def _finite(values: ArrayLike) -> np.ndarray:

@@ -12,9 +12,9 @@ from typing import Any
 from golfbook import activity
 from golfbook.analysis.statistics import describe
 from golfbook.files import runs_root
-from golfbook.run import STAGES, list_runs, skipped_runs
+from golfbook.run import STAGES, Run, list_runs, skipped_runs
 from golfbook.study.plan import Plan, PlannedRun
-from golfbook.study.progress import Figure, Report
+from golfbook.study.progress import Report
 from golfbook.study.results import current_runs, read_record, rows
 
 SECONDS = ("train_seconds", "quantize_seconds", "score_seconds")
@@ -22,76 +22,58 @@ WORK = dict(zip(STAGES, zip(("training", "quantising", "scoring"), SECONDS, stri
 
 
 def plan_data(plan: Plan) -> dict[str, Any]:
-    """A plan: its runs with the states of their stages, and the estimate of time and memory."""
-
-    def run_data(planned: PlannedRun) -> dict[str, Any]:
-        return {
-            "variant": planned.variant,
-            "seed": planned.config.seed,
-            "config_hash": planned.config.hash,
-            "path": planned.path,
-            "overrides": planned.overrides,
-            "states": {stage: planned.run.state(stage) for stage in plan.stages},
-            "to_do": [stage for stage in plan.stages if not planned.finished(stage)],
-            "seconds": planned.estimate.seconds,
-            "memory_bytes": planned.estimate.memory_bytes,
-        }
-
+    """Return a plan: its runs with the states of their stages, and the estimate of time and memory."""
     return {
         "job": plan.source,
-        "study": plan.study,
-        "preset": plan.preset,
-        "stages": plan.stages,
-        "figures": plan.figures,
-        "workers": plan.workers,
+        **_fields(plan, "study", "preset", "stages", "figures", "workers"),
         "seconds_left": plan.remaining_seconds(),
         "memory_bytes": plan.memory_bytes(),
         "estimated_by": plan.runs[0].estimate.source,
-        "runs": [run_data(planned) for planned in plan.runs],
+        "runs": [
+            _run_data(planned)
+            | {
+                "overrides": planned.overrides,
+                "states": {stage: planned.run.state(stage) for stage in plan.stages},
+                "to_do": [stage for stage in plan.stages if not planned.finished(stage)],
+                **_fields(planned.estimate, "seconds", "memory_bytes"),
+            }
+            for planned in plan.runs
+        ],
     }
 
 
 def report_data(report: Report) -> dict[str, Any]:
-    """How a job ended: its runs and figures with the cause of each failure, and the table of variants."""
-
-    def figure_data(figure: Figure) -> dict[str, Any]:
-        return {
-            "figure": figure.name,
-            "state": figure.state,
-            "message": figure.message,
-            "log": figure.log,
-            "outputs": figure.outputs,
-        }
-
+    """Return how a job ended: its runs and figures with the cause of each failure, and the table of variants."""
     runs = [
-        {
-            "variant": status.planned.variant,
-            "seed": status.planned.config.seed,
-            "config_hash": status.planned.config.hash,
-            "path": status.planned.path,
-            "state": status.state,
-            "executed": status.executed,
-            "failed_stage": status.stage if status.state == "failed" else None,
-            "message": status.message,
-            "log": status.log,
-        }
+        _run_data(status.planned)
+        | _fields(status, "state", "executed", "message", "log")
+        | {"failed_stage": status.stage if status.state == "failed" else None}
         for status in report.runs
     ]
+    figures = [{"figure": one.name, **_fields(one, "state", "message", "log", "outputs")} for one in report.figures]
     return {
         "job": report.plan.source,
         "study": report.plan.study,
-        "interrupted": report.interrupted,
-        "nothing_done": report.nothing_done,
+        **_fields(report, "interrupted", "nothing_done", "seconds"),
         "failures": len(report.failures),
-        "seconds": report.seconds,
         "runs": runs,
-        "figures": [figure_data(figure) for figure in report.figures],
+        "figures": figures,
         "variants": variants_data(chosen_rows(report.plan.study, [run.path.name for run in report.plan.runs])),
     }
 
 
+def _fields(thing: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(thing, name) for name in names}
+
+
+def _run_data(run: PlannedRun | Run) -> dict[str, Any]:
+    """Return what names a run."""
+    config = run.config
+    return {"variant": run.variant, "seed": config.seed, "config_hash": config.hash, "path": run.path}
+
+
 def study_data(study: str, seconds: bool = False) -> dict[str, Any]:
-    """A study: the states of its runs, the folders passed over, the table of variants, and where its seconds went."""
+    """Return a study: the states of its runs, folders passed over, the table of variants, where its seconds went."""
     data: dict[str, Any] = {
         "study": study,
         "path": runs_root() / study,
@@ -105,33 +87,25 @@ def study_data(study: str, seconds: bool = False) -> dict[str, Any]:
 
 
 def states_data(study: str) -> list[dict[str, Any]]:
-    """The state of each stage of each run of a study, and the message of each failure."""
+    """Return the state of each stage of each run of a study, and the message of each failure."""
     found = []
     for run in list_runs(study):
         states = {stage: run.state(stage) for stage in STAGES}
         failed = [stage for stage, state in states.items() if state == "failed"]
         causes = {stage: str((run.read_result(stage) or {}).get("message") or "unknown cause") for stage in failed}
-        found.append(
-            {
-                "run": run.path.name,
-                "variant": run.variant,
-                "seed": run.config.seed,
-                "config_hash": run.config.hash,
-                "states": states,
-                "messages": causes,
-            }
-        )
+        one = {name: value for name, value in _run_data(run).items() if name != "path"}
+        found.append({"run": run.path.name, **one, "states": states, "messages": causes})
     return found
 
 
 def chosen_rows(study: str, only: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Rows of a study, of the run folders named in ``only`` and in their order; default: all."""
+    """Return rows of a study, of the run folders named in ``only`` and in their order; default: all."""
     by_folder = {row["run"]: row for row in rows(study)}
     return [by_folder[name] for name in (only or by_folder) if name in by_folder]
 
 
 def variants_data(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One mapping a variant: n, mean and spread of the score after the last stage it has reached, bytes, seconds."""
+    """Return one mapping a variant: n, mean and spread of its last score, bytes, seconds."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in found:
         groups.setdefault(row["variant"], []).append(row)
@@ -141,22 +115,16 @@ def variants_data(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         summary = describe([] if stage is None else [row.get(f"{stage}_val_bpb", math.nan) for row in mine])
         seconds = [sum(row[k] for k in SECONDS if k in row) for row in mine if any(k in row for k in SECONDS)]
         table.append(
-            {
-                "variant": variant,
-                "n": summary.n,
-                "val_bpb_mean": summary.mean,
-                "val_bpb_std": summary.std,
-                "val_bpb_after": stage,
-                "artifact_bytes": _mean([row["artifact_bytes"] for row in mine if "artifact_bytes" in row]),
-                "seconds": _mean(seconds),
-                "failed": sum(any(row[f"{s}_state"] == "failed" for s in STAGES) for row in mine),
-            }
+            {"variant": variant, "n": summary.n, "val_bpb_mean": summary.mean, "val_bpb_std": summary.std}
+            | {"val_bpb_after": stage, "seconds": _mean(seconds)}
+            | {"artifact_bytes": _mean([row["artifact_bytes"] for row in mine if "artifact_bytes" in row])}
+            | {"failed": sum(any(row[f"{s}_state"] == "failed" for s in STAGES) for row in mine)}
         )
     return table
 
 
 def seconds_data(study: str) -> list[dict[str, Any]]:
-    """Where the seconds of a study went: stage, part, in how many runs, and seconds of them all.
+    """Return where the seconds of a study went: stage, part, in how many runs, and seconds of them all.
 
     Runs whose notebooks no job executed have only what their results say of the work itself.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golfbook.config.load import load_config
-from golfbook.exercises.check import Misconception
+from golfbook.exercises.check import Misconception, compare
 from golfbook.model.attention import causal_attention
 from golfbook.model.gpt import GPT, initialise
 from golfbook.model.kernels import rms_norm
@@ -81,24 +82,20 @@ def sharpest(answer: Callable[[float, int, int], float]) -> str:
         queries = (gain * q).expand(keys, width)
         one = causal_attention(queries[None, None], k[None, None], F.pad(values, (0, width - 2))[None, None], "sdpa")
         truth, given = float(one[0, 0, -1, 1]), float(answer(gain, width, keys))
-        if abs(given - truth) <= 1e-3 * truth:
-            continue
-        logit = gain * width**0.5
-        for top, rest, reason in (
-            (gain, -gain, "the product of two normed vectors is not a cosine: their length is not one"),
-            (logit, 0.0, "other keys can do better than stand at right angles to the query"),
-            (gain, 0.0, "normed vectors are longer than one, and other keys can point away from the query"),
-            (gain * width, -gain * width, "attention divides its logits by something"),
-        ):
-            guess = torch.tensor([top] + [rest] * (keys - 1), dtype=torch.float64).softmax(0)[0]
-            if abs(given - guess) <= 1e-3 * guess:
-                raise Misconception(reason)
-        raise Misconception(f"gain {gain:.3g}, width {width}, {keys} keys: attention gets to another weight")
+        logits = {  # of the one key and of the others
+            "the product of two normed vectors is not a cosine: their length is not one": (gain, -gain),
+            "other keys can do better than stand at right angles to the query": (gain * width**0.5, 0.0),
+            "normed vectors are longer than one, and other keys can point away from the query": (gain, 0.0),
+            "attention divides its logits by something": (gain * width, -gain * width),
+        }
+        mistakes = {why: 1 / (1 + (keys - 1) * math.exp(rest - top)) for why, (top, rest) in logits.items()}
+        otherwise = f"gain {gain:.3g}, width {width}, {keys} keys: attention gets to another weight"
+        compare(given, truth, otherwise, mistakes, rtol=1e-3)
     return "attention itself gives that weight to the one key along the query when all others point away from it"
 
 
 class _Marked(nn.Module):
-    """Stands for a block: keeps what it is given, passes on a vector that names it."""
+    """Stand for a block: keep what it is given, pass on a vector that names it."""
 
     def __init__(self, mark: Tensor) -> None:
         super().__init__()
@@ -119,7 +116,7 @@ def skip_source(answer: Callable[[int, int], int | None]) -> str:
             if given == truth:
                 continue
             asked = f"block {block} of {layers}"
-            if truth is None and block < half:
+            if block < half:
                 raise Misconception(f"{asked} is in the first half, which gives and does not take")
             if truth is None:
                 raise Misconception(f"{asked} finds nothing left on the stack: the second half is one longer")

@@ -14,7 +14,7 @@ from golfbook.analysis.counts import frequencies
 from golfbook.data.dataset import unigram_bits_per_byte
 from golfbook.data.tokenizer import SPACE, Tokenizer, train_tokenizer
 from golfbook.evaluate.scoring import bits_per_byte
-from golfbook.exercises.check import Misconception
+from golfbook.exercises.check import Misconception, compare
 
 Array = np.ndarray[Any, Any]
 LETTERS = "aeioustrnéü"
@@ -42,10 +42,8 @@ def byte_counter(answer: Callable[[str, str, set[str]], int]) -> str:
 def _why_not_bytes(wrong: list[tuple[str, str, int, int]], boundaries: set[str]) -> str:
     for before, piece, given, right in wrong:
         spelt = given == len(piece.encode()) and piece not in ("<s>", "</s>")
-        if spelt and (piece.startswith(SPACE) or piece.startswith("<0x")):
-            return (
-                f"{piece!r} is a spelling: the space mark alone has three bytes, <0x0A> has six, and the text has not"
-            )
+        if spelt and piece.startswith((SPACE, "<0x")):
+            return f"{piece!r} is a spelling: the space mark has three bytes, <0x0A> has six, and the text has not"
         if given == len(piece) != right and not piece.startswith((SPACE, "<")):
             return f"{piece!r} has {given} characters; the text is counted in bytes of UTF-8"
         if before in boundaries and given == right + 1:
@@ -86,22 +84,17 @@ def honest_unigram(answer: Callable[[Array, Array, int, int], float]) -> str:
         share = np.bincount(counted, minlength=pieces) + added
         if np.isclose(given, bits_per_byte(-np.log((share / share.sum())[scored[1:]]), size)):
             raise Misconception("the frequencies were counted in the scored text itself, which is to be a surprise")
-    units = {
-        "in nats": np.log(2),
-        "per token": size / targets,
-        "the sum": size,
-        "per token, in nats": size / targets * np.log(2),
-    }
-    for unit, factor in units.items():
-        if np.isclose(level, factor * uniform, rtol=1e-3):
-            raise Misconception(f"that is {unit}; the score is in bits per byte of the scored text")
-    if not np.isclose(level, uniform, rtol=1e-3):
-        raise Misconception("where training has all pieces equally often, it must be as dear as a uniform guess")
+    per_token = size / targets
+    units = {"in nats": np.log(2), "per token": per_token, "the sum": size, "per token, in nats": per_token * np.log(2)}
+    words = "; the score is in bits per byte of the scored text"
+    mistakes = {f"that is {unit}{words}": factor * uniform for unit, factor in units.items()}
+    otherwise = "where training has all pieces equally often, it must be as dear as a uniform guess"
+    compare(level, uniform, otherwise, mistakes, rtol=1e-3)
     if given < least:
         raise Misconception("it lies below the entropy of the scored text, which no fixed frequencies can beat")
-    share = frequencies(training, pieces)
-    if not np.isclose(given, bits_per_byte(-np.log(share[scored[1:]]), size), rtol=0.01):
-        raise Misconception("it differs from counts.frequencies: add one to every count, then divide by the new sum")
+    right = bits_per_byte(-np.log(frequencies(training, pieces)[scored[1:]]), size)
+    otherwise = "it differs from counts.frequencies: add one to every count, then divide by the new sum"
+    compare(given, right, otherwise, rtol=0.01)
     return f"{given:.3f} lies above the {least:.3f} of frequencies that know the text, and below a uniform guess"
 
 
@@ -127,17 +120,13 @@ def pair_counts(answer: Callable[[Array, int], Array]) -> str:
             raise Misconception("the whole matrix adds up to 1; each row must, as b is drawn when a is known")
         raise Misconception(f"row sums lie between {rows.min():.3g} and {rows.max():.3g}; each must be 1")
     if (table <= 0).any():
-        raise Misconception(
-            "a pair that training never saw is impossible there; the first one in the text costs without end"
-        )
+        raise Misconception("a pair that training never saw is impossible there; the first in the text has no end")
     cost = bits_per_byte(-np.log(table[scored[:-1], scored[1:]]), len(scored))
     unigram = unigram_bits_per_byte(scored, len(scored))
     if cost >= unigram:
         if bits_per_byte(-np.log(table[scored[1:], scored[:-1]]), len(scored)) < unigram:
             raise Misconception("rows and columns are exchanged: it gives the piece before, and not the one after")
-        raise Misconception(
-            f"pairs cost {cost:.3f} bits where frequencies alone cost {unigram:.3f}; do they count pairs?"
-        )
+        raise Misconception(f"pairs cost {cost:.3f} bits and frequencies alone {unigram:.3f}; do they count pairs?")
     return f"rows add up to 1, nothing is impossible, and {cost:.2f} bits lie below the {unigram:.2f} of frequencies"
 
 
@@ -148,8 +137,4 @@ def _write(language: Array, length: int, luck: np.random.Generator) -> Array:
     return np.array(text)
 
 
-EXERCISES: dict[str, Callable[[Any], str]] = {
-    "01.1": byte_counter,
-    "01.2": honest_unigram,
-    "01.3": pair_counts,
-}
+EXERCISES: dict[str, Callable[[Any], str]] = {"01.1": byte_counter, "01.2": honest_unigram, "01.3": pair_counts}

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from golfbook.compress.rowwise import clip_quantize, quantize_matrix
-from golfbook.exercises.check import Misconception
+from golfbook.exercises.check import Misconception, compare
 from golfbook.files import project_root
 
 Row = NDArray[np.float32]
@@ -46,12 +46,13 @@ def error_law(answer: Callable[[NDArray[np.float64]], float]) -> str:
     for bits in (5, 6, 7, 8):
         scales, measured = _error(weight, bits, 1.0)
         predicted = float(answer(scales.copy()))
-        if np.isclose(predicted, (scales**2).mean() / 4, rtol=0.1):
-            raise Misconception("that is the square of the largest possible error; most weights lie nearer to a level")
-        if np.isclose(predicted, np.sqrt((scales**2).mean() / 12), rtol=0.1):
-            raise Misconception("that is the root of the mean square, asked was the mean square")
-        if not np.isclose(predicted, measured, rtol=0.1):
-            raise Misconception(f"at {bits} bits you predict {predicted:.3g}, measured is {measured:.3g}")
+        square = (scales**2).mean()
+        mistakes = {
+            "that is the square of the largest possible error; most weights lie nearer to a level": square / 4,
+            "that is the root of the mean square, asked was the mean square": (square / 12) ** 0.5,
+        }
+        otherwise = f"at {bits} bits you predict {predicted:.3g}, measured is {measured:.3g}"
+        compare(predicted, measured, otherwise, mistakes, rtol=0.1)
     scales, measured = _error(weight, 8, 0.99)
     times = measured / float(answer(scales))
     return (
@@ -69,14 +70,13 @@ def bits_that_fit(answer: Callable[[int, int, int], float]) -> str:
     drawn = tuple(int(rng.integers(low, 20 * low)) for low in (2_000_000, 50_000, 4_000_000))
     for weights, code, limit in (drawn, published):
         found, right = float(answer(weights, code, limit)), 8 * (limit - code) / weights
-        if np.isclose(found, right / 8, rtol=1e-6):
-            raise Misconception("those are bytes a weight, asked were bits")
-        if np.isclose(found, 8 * limit / weights, rtol=1e-6):
-            raise Misconception("the code counts too, and takes its share of the limit first")
-        if np.isclose(found, 6 * weights / 8, rtol=1e-6):
-            raise Misconception("that is the size at 6 bits stored as they are; asked is what coding may leave of them")
-        if not np.isclose(found, right, rtol=1e-6):
-            raise Misconception(f"{weights:,} weights, {code:,} bytes of code, limit {limit:,}: {found:.4g} is not it")
+        mistakes = {
+            "those are bytes a weight, asked were bits": right / 8,
+            "the code counts too, and takes its share of the limit first": 8 * limit / weights,
+            "that is the size at 6 bits stored as they are; asked is what coding may leave of them": 6 * weights / 8,
+        }
+        otherwise = f"{weights:,} weights, {code:,} bytes of code, limit {limit:,}: {found:.4g} is not it"
+        compare(found, right, otherwise, mistakes)
     needs = 8 * one["model_bytes"] / one["params"]
     return (
         f"the published model may spend {right:.2f} bits a weight. Its grid has 6, which stored as they are make "
@@ -99,7 +99,7 @@ def _round(row: Row, scale: float, qmax: int) -> NDArray[np.int64]:
 
 
 def _given(found: Any, row: Row) -> tuple[NDArray[np.float64], float]:
-    """Turn what an answer returned into numbers."""
+    """Return what an answer gave as numbers."""
     q, s = found
     integers = np.asarray(q, np.float64).ravel()
     if integers.shape != row.shape:

@@ -11,7 +11,7 @@ from scipy import stats
 
 from golfbook.analysis.statistics import paired_difference, welch
 from golfbook.evaluate.windows import Windows, plan_windows, published_windows
-from golfbook.exercises.check import Misconception
+from golfbook.exercises.check import Misconception, compare
 
 Floats = NDArray[np.float64]
 
@@ -49,18 +49,17 @@ def gap(answer: Callable[[Floats, Floats], Any]) -> str:
         right, apart = paired_difference(a, b), welch(a, b)
         half = (right.high - right.low) / 2
         normal = half * stats.norm.ppf(0.975) / stats.t.ppf(0.975, n - 1)
-        if np.allclose(found, (right.low, right.high), rtol=1e-6):
-            continue
-        if np.allclose(found, (-right.high, -right.low), rtol=1e-6):
-            raise Misconception("the sign is turned round: asked is a minus b")
-        if np.allclose(found, (right.mean - normal, right.mean + normal), rtol=0.02):
-            raise Misconception(f"1.96 belongs to a known spread; yours comes from {n} windows")
+        mistakes = {
+            "the sign is turned round: asked is a minus b": (-right.high, -right.low),
+            f"1.96 belongs to a known spread; yours comes from {n} windows": (right.mean - normal, right.mean + normal),
+        }
+        otherwise = f"{found[0]:.4f} to {found[1]:.4f} is not the interval of these {n} windows"
         if found[1] - found[0] > 0.6 * (apart.high - apart.low):
-            raise Misconception(
+            otherwise = (
                 "your interval holds the luck of the texts twice, as if a and b were scored on different windows; "
                 "overlapping bars say nothing about a paired gap"
             )
-        raise Misconception(f"{found[0]:.4f} to {found[1]:.4f} is not the interval of these {n} windows")
+        compare(found, (right.low, right.high), otherwise, mistakes, near=0.02)
     return (
         f"the windows' own spread cancels: in the last draw the paired interval is {2 * half:.3f} nats wide, the "
         f"unpaired one {apart.high - apart.low:.3f}"

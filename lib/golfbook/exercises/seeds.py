@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from golfbook.analysis.statistics import describe, null_intervals, paired_by_seed, seeds_for, welch
-from golfbook.exercises.check import Misconception
+from golfbook.exercises.check import Misconception, compare
 
 Floats = NDArray[np.float64]
 LOOKS = 23  # switches of the table in notebook 02
@@ -26,18 +26,17 @@ def by_hand(answer: Callable[[Floats, Floats], Any]) -> str:
         frame = pd.DataFrame(runs, columns=["variant", "seed", "val_bpb"])
         pair, apart = paired_by_seed(frame, "val_bpb", "a", "b"), welch(a, b)
         paired, unpaired = (np.asarray(x, float) for x in answer(a.copy(), b.copy()))
-        right = np.array([pair.low, pair.high]), np.array([apart.low, apart.high])
         one, two = describe(a), describe(b)
-        if np.allclose(unpaired, [one.low - two.high, one.high - two.low], rtol=1e-6):
-            raise Misconception("ends minus ends asks whether the bars overlap, which is stricter than 95 %")
-        if np.allclose(paired, right[1], rtol=1e-6):
-            raise Misconception("the first interval must use that a[i] and b[i] share a seed")
-        if np.allclose(paired, -right[0][::-1], rtol=1e-6):
-            raise Misconception("the sign is turned round: asked is a minus b")
-        if not np.allclose(paired, right[0], rtol=1e-6):
-            raise Misconception(f"the paired interval of {n} seeds is not {paired.round(5).tolist()}")
-        if not np.allclose(unpaired, right[1], rtol=1e-3):
-            raise Misconception("the second interval is not Welch's (unequal spreads; scipy.stats.ttest_ind has it)")
+        mistakes = {
+            "the first interval must use that a[i] and b[i] share a seed": (apart.low, apart.high),
+            "the sign is turned round: asked is a minus b": (-pair.high, -pair.low),
+        }
+        otherwise = f"the paired interval of {n} seeds is not {paired.round(5).tolist()}"
+        compare(paired, (pair.low, pair.high), otherwise, mistakes)
+        overlap = "ends minus ends asks whether the bars overlap, which is stricter than 95 %"
+        otherwise = "the second interval is not Welch's (unequal spreads; scipy.stats.ttest_ind has it)"
+        mistakes = {overlap: (one.low - two.high, one.high - two.low)}
+        compare(unpaired, (apart.low, apart.high), otherwise, mistakes, rtol=1e-3)
     share = (pair.high - pair.low) / (apart.high - apart.low)
     return f"they are those of paired_by_seed and welch; pairing leaves {share:.0%} of the width in the last draw"
 
@@ -47,14 +46,12 @@ def many_looks(answer: Callable[[int], float]) -> str:
     rng = np.random.default_rng()
     for looks in (int(rng.integers(LOOKS + 1, 60)), LOOKS):
         found = float(answer(looks))
-        if np.isclose(found, 0.05):
-            raise Misconception("5 % is the chance of one look; there are many")
-        if np.isclose(found, 0.05 * looks):
-            raise Misconception(f"adding gives {found:.0%}; two alarms in one study are counted twice that way")
-        if np.isclose(found, 0.95**looks):
-            raise Misconception("that is the chance that none looks real")
-        if not np.isclose(found, 1 - 0.95**looks, rtol=1e-3):
-            raise Misconception(f"for {looks} switches it is not {found:.3f}")
+        mistakes = {
+            "5 % is the chance of one look; there are many": 0.05,
+            f"adding gives {found:.0%}; two alarms in one study are counted twice that way": 0.05 * looks,
+            "that is the chance that none looks real": 0.95**looks,
+        }
+        compare(found, 1 - 0.95**looks, f"for {looks} switches it is not {found:.3f}", mistakes, rtol=1e-3)
     low, high = null_intervals(4, 4000 * LOOKS, int(rng.integers(2**31))).reshape(4000, LOOKS, 2).transpose(2, 0, 1)
     alarm = ((low > 0) | (high < 0)).any(axis=1).mean()
     return f"of 4,000 invented studies of {LOOKS} switches, four seeds each, {alarm:.0%} raise an alarm"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from golfbook.evaluate import scoring
-from golfbook.exercises.check import Misconception
+from golfbook.exercises.check import Misconception, compare
 
 Array = np.ndarray[Any, Any]
 EXAMPLE = ((3.1, 2.4), (4.2, 3.7))  # nats a token, bytes a token
@@ -22,37 +22,25 @@ def bits_from_nats(answer: Callable[[Array, Array], float]) -> str:
         sizes = luck.integers(1, 7, len(nats))
         given = float(answer(nats.copy(), sizes.copy()))
         right = scoring.bits_per_byte(nats, int(sizes.sum()))
-        if not np.isclose(given, right):
-            raise Misconception(_why_not_bits(given, right, nats, sizes))
-        nothing = np.append(sizes, 0)  # a BOS token stands for no text, and its loss counts all the same
-        given = float(answer(np.append(nats, 3.0), nothing))
-        if not np.isclose(given, scoring.bits_per_byte(np.append(nats, 3.0), int(sizes.sum()))):
-            raise Misconception("a token of 0 bytes upsets it; its loss belongs into the sum as any other")
+        units = np.array([1, 1 / np.log(2)])  # in nats, in bits
+        mistakes = {
+            "that is the mean over tokens; the score is a sum over tokens, divided by something else": nats.mean(),
+            "it averages the ratio of each token, so that a token of one byte weighs as much as one of six": (
+                (nats / sizes).mean()
+            ),
+            "that is the sum alone, in bits; a text twice as long would get twice as much": nats.sum(),
+        }
+        mistakes = {reason: units * value for reason, value in mistakes.items()} | {
+            "ln 2 is multiplied where it must divide: a nat is more than a bit": right * np.log(2) ** 2,
+            "these are nats per byte; what is a bit in nats?": right * np.log(2),
+            "that is upside down: bytes per bit": 1 / right,
+        }
+        otherwise = f"it gives {given:.4g} where scoring.bits_per_byte gives {right:.4g}"
+        compare(given, right, otherwise, mistakes, rtol=1e-5)
+        more, nothing = np.append(nats, 3.0), np.append(sizes, 0)  # BOS stands for no text, and its loss counts
+        right, words = scoring.bits_per_byte(more, int(sizes.sum())), "its loss belongs into the sum as any other"
+        compare(float(answer(more, nothing)), right, f"a token of 0 bytes upsets it; {words}", rtol=1e-5)
     return "scoring.bits_per_byte gives the same for texts drawn just now"
-
-
-def _why_not_bits(given: float, right: float, nats: Array, sizes: Array) -> str:
-    mistakes = {
-        "that is the mean over tokens; the score is a sum over tokens, divided by something else": (
-            np.mean(nats),
-            np.mean(nats) / np.log(2),
-        ),
-        "ln 2 is multiplied where it must divide: a nat is more than a bit": (right * np.log(2) ** 2,),
-        "these are nats per byte; what is a bit in nats?": (right * np.log(2),),
-        "it averages the ratio of each token, so that a token of one byte weighs as much as one of six": (
-            np.mean(nats / sizes),
-            np.mean(nats / sizes) / np.log(2),
-        ),
-        "that is upside down: bytes per bit": (1 / right,),
-        "that is the sum alone, in bits; a text twice as long would get twice as much": (
-            right * sizes.sum(),
-            nats.sum(),
-        ),
-    }
-    for reason, values in mistakes.items():
-        if any(np.isclose(given, value) for value in values):
-            return reason
-    return f"it gives {given:.4g} where scoring.bits_per_byte gives {right:.4g}"
 
 
 def better_model(answer: Callable[[float, float, float, float], str]) -> str:
@@ -60,7 +48,7 @@ def better_model(answer: Callable[[float, float, float, float], str]) -> str:
     luck = np.random.default_rng()
     drawn = [tuple(zip(luck.uniform(2, 5, 2), luck.uniform(1.5, 5, 2), strict=True)) for _ in range(60)]
     pairs = [EXAMPLE, *drawn]
-    scores = np.array([[_score(*one) for one in pair] for pair in pairs])
+    scores = np.array([[scoring.bits_per_byte(np.full(10_000, n), round(10_000 * b)) for n, b in p] for p in pairs])
     given = [str(answer(*a, *b)) for a, b in pairs]
     if not set(given) <= {"A", "B"}:
         raise Misconception('return "A" or "B", whichever model is better')
@@ -68,26 +56,17 @@ def better_model(answer: Callable[[float, float, float, float], str]) -> str:
     if (right == given).all():
         first, second = scores[0]
         return f"per byte A costs {first:.2f} bits and B {second:.2f}: B says more with each token"
-    rules = {
-        "the lower loss per token wins there; one model's tokens may be shorter than the other's": [
-            "A" if a[0] < b[0] else "B" for a, b in pairs
-        ],
-        "the longer tokens win there, whatever they cost": ["A" if a[1] > b[1] else "B" for a, b in pairs],
-        "the higher score wins there; bits per byte are a cost": ["B" if side == "A" else "A" for side in right],
-        "the lower product of loss and bytes wins there; more bytes must share the cost, not add to it": [
-            "A" if a[0] * a[1] < b[0] * b[1] else "B" for a, b in pairs
-        ],
+    nats, sizes = np.array(pairs).transpose(2, 0, 1)  # (pairs, 2) each
+    costs = {  # what a rule holds against a model
+        "the lower loss per token wins there; one model's tokens may be shorter than the other's": nats,
+        "the longer tokens win there, whatever they cost": -sizes,
+        "the higher score wins there; bits per byte are a cost": -scores,
+        "the lower product of loss and bytes wins there; more bytes must share the cost, not add to it": nats * sizes,
     }
-    for reason, sides in rules.items():
-        if given == sides:
+    for reason, cost in costs.items():
+        if (np.where(cost[:, 0] < cost[:, 1], "A", "B") == given).all():
             raise Misconception(reason)
-    wrong = int((right != given).sum())
-    raise Misconception(f"it chooses the worse model in {wrong} of {len(pairs)} pairs")
-
-
-def _score(nats: float, size: float) -> float:
-    tokens = 10_000
-    return scoring.bits_per_byte(np.full(tokens, nats), round(tokens * size))
+    raise Misconception(f"it chooses the worse model in {(right != given).sum()} of {len(pairs)} pairs")
 
 
 EXERCISES: dict[str, Callable[[Any], str]] = {"00.1": bits_from_nats, "00.2": better_model}

@@ -36,7 +36,7 @@ def newton_schulz(answer: Callable[[Tensor], Tensor]) -> str:
             raise Misconception(_why_not_orthogonal(answer, given, result))
         if not _close(answer(1000 * given), right):
             raise Misconception(
-                "a gradient a thousand times as large gives another direction; the size must be gone before step one"
+                "a gradient a thousand times as large gives another direction; take its size away first"
             )
     zero = answer(torch.zeros(6, 10))
     if not torch.isfinite(zero).all():
@@ -94,12 +94,8 @@ def straight_through(answer: Callable[[Tensor, Callable[[Tensor], Tensor]], Tens
 
     used = answer(weight, quantise)
     if not _close(used, quantise(weight)):
-        exact = _close(used, weight)
-        raise Misconception(
-            "the forward pass still sees the exact weights"
-            if exact
-            else "the forward pass sees neither the exact nor the stored weights"
-        )
+        sees = "still sees the exact" if _close(used, weight) else "sees neither the exact nor the stored"
+        raise Misconception(f"the forward pass {sees} weights")
     if used.requires_grad:
         (nn.functional.linear(inputs, used) - targets).square().mean().backward()
     if weight.grad is None:
@@ -115,8 +111,4 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(torch.isfinite(a).all()) and bool((a - b).abs().max() <= CLOSE)
 
 
-EXERCISES: dict[str, Callable[[Any], str]] = {
-    "03.1": newton_schulz,
-    "03.2": largest_decay,
-    "03.3": straight_through,
-}
+EXERCISES: dict[str, Callable[[Any], str]] = {"03.1": newton_schulz, "03.2": largest_decay, "03.3": straight_through}

@@ -18,7 +18,7 @@ RECURRENCE = {"none": "none", "middle two, after": "after", "middle two, in plac
 
 
 def guess(effects: pd.DataFrame) -> Panel:
-    """Guess what each switch of :func:`golfbook.analysis.comparisons.switch_effects` does to the score, then see it."""
+    """Show what each switch of :func:`golfbook.analysis.comparisons.switch_effects` does, once it is guessed."""
     rows = {str(row["variant"]): row for row in effects.to_dict("records")}
     reach = 1.1 * float(effects[["low", "high"]].abs().max().max())
 
@@ -31,7 +31,7 @@ def guess(effects: pd.DataFrame) -> Panel:
 
 
 def build(preset: str) -> Panel:
-    """Put a model together at its published size and watch parameters, arithmetic, artifact, memory and time change."""
+    """Show parameters, arithmetic, artifact, memory and time of a model put together at its published size."""
     start = load_config(preset)
     before = summary(start)
     model = start.model
@@ -40,19 +40,15 @@ def build(preset: str) -> Panel:
         return architecture_plots.model_costs(summary(assemble(preset, state)), before)
 
     own = "as preset"
+    widths = {str(w): w for w in sorted({256, 384, 512, 768, model.model_dim})}
+    rows = {str(n) if n else "off": n for n in sorted({0, 1536, 4096, 10240, model.bigram.vocab_size})}
     return Panel(
         draw,
         {
             "layers": Slider("layers", model.num_layers, 2, 16),
-            "width": Choice(
-                "width", model.model_dim, {str(w): w for w in sorted({256, 384, 512, 768, model.model_dim})}
-            ),
+            "width": Choice("width", model.model_dim, widths),
             "mlp": Slider("MLP factor", model.mlp_mult, 1, 4, 0.5),
-            "bigram_rows": Choice(
-                "bigram rows",
-                model.bigram.vocab_size,
-                {str(n) if n else "off": n for n in sorted({0, 1536, 4096, 10240, model.bigram.vocab_size})},
-            ),
+            "bigram_rows": Choice("bigram rows", model.bigram.vocab_size, rows),
             "value_embedding": Switch("value embedding", bool(model.value_embedding.layers)),
             "gated_attention": Switch("gated attention", model.gated_attention),
             "value_residual": Switch("value residual", model.value_residual != "none"),
@@ -68,33 +64,30 @@ def build(preset: str) -> Panel:
 
 
 def assemble(preset: str, state: Mapping[str, Any]) -> Config:
-    """The configuration that the controls of :func:`build` stand for."""
+    """Return the configuration that the controls of :func:`build` stand for."""
     published = load_config(preset).model
-    layers = int(state["layers"])
+    layers, bits = state["layers"], state["bits"]
     middle = sorted({layers // 2 - 1, layers // 2})
-    repeated = {"none": [], "after": middle, "in_place": middle}.get(
-        state["recurrence"], [i for i in published.recurrence if -layers <= i < layers]
-    )
+    own = [i for i in published.recurrence if -layers <= i < layers]
+    repeated = {"none": [], "after": middle, "in_place": middle}.get(state["recurrence"], own)
     place = "in_place" if state["recurrence"] == "in_place" else published.recurrence_place
     kept = published.value_residual if published.value_residual != "none" else "lambda"
     xsa = min(published.xsa, layers) if isinstance(published.xsa, int) else [i for i in published.xsa if i < layers]
     overrides = {
         "num_layers": layers,
-        "model_dim": int(state["width"]),
-        "mlp_mult": float(state["mlp"]),
+        "model_dim": state["width"],
+        "mlp_mult": state["mlp"],
         "xsa": layers if published.xsa == published.num_layers else xsa,
-        "tie_embeddings": bool(state["tied"]),
-        "gated_attention": bool(state["gated_attention"]),
+        "tie_embeddings": state["tied"],
+        "gated_attention": state["gated_attention"],
         "value_residual": kept if state["value_residual"] else "none",
-        "bigram.vocab_size": int(state["bigram_rows"]),
+        "bigram.vocab_size": state["bigram_rows"],
         "value_embedding.layers": [-2, -1] if state["value_embedding"] else [],
         "recurrence": repeated,
         "recurrence_place": place if repeated else "after",
-        "ttt_linear.enabled": bool(state["ttt_linear"]),
-        "flow.enabled": bool(state["flow"]),
-        "native_flow.enabled": bool(state["native_flow"]),
+        **{f"{name}.enabled": state[name] for name in ("ttt_linear", "flow", "native_flow")},
     }
     values: dict[str, Any] = {f"model.{name}": value for name, value in overrides.items()}
-    if int(state["bits"]) != load_config(preset).quantize.matrix_bits:
-        values |= {"quantize.matrix_bits": int(state["bits"]), "quantize.mlp_bits": 0}
+    if bits != load_config(preset).quantize.matrix_bits:
+        values |= {"quantize.matrix_bits": bits, "quantize.mlp_bits": 0}
     return load_config(preset, overrides=values)

@@ -26,13 +26,12 @@ from golfbook.plots.style import Picture
 if TYPE_CHECKING:
     import ipywidgets
 
-
 CACHED_STATES = 64
 
 
 @dataclass(frozen=True)
 class Slider:
-    """A number from ``low`` to ``high``."""
+    """Ask for a number from ``low`` to ``high``."""
 
     label: str
     default: float
@@ -43,7 +42,7 @@ class Slider:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several values, each with its label."""
+    """Ask for one of several values, each with its label."""
 
     label: str
     default: Any
@@ -52,7 +51,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Text:
-    """A line of text, taken over on Enter or when the field is left."""
+    """Ask for a line of text, taken over on Enter or when the field is left."""
 
     label: str
     default: str
@@ -60,7 +59,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Switch:
-    """On or off."""
+    """Ask for on or off."""
 
     label: str
     default: bool
@@ -70,7 +69,7 @@ Control = Slider | Choice | Text | Switch
 
 
 class Panel:
-    """Controls around ``draw``, which maps the values of all controls (by name) to a picture.
+    """Show controls around ``draw``, which maps the values of all controls to a picture.
 
     ``height`` is the least height of the image in pixels, for pictures whose height depends on their state.
     """
@@ -81,15 +80,15 @@ class Panel:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Default values of all controls."""
+        """Return the default values of all controls."""
         return {name: control.default for name, control in self.controls.items()}
 
     def figure(self, **changes: Any) -> Picture:
-        """The picture of the default state with ``changes``."""
+        """Draw the default state with ``changes``."""
         return self.draw(**{**self.state, **changes})
 
     def png(self, **changes: Any) -> bytes:
-        """PNG of :meth:`figure`; states drawn before are not drawn again."""
+        """Return the PNG of :meth:`figure`; states drawn before are not drawn again."""
         key = tuple({**self.state, **changes}.values())
         if key not in self._drawn:
             if len(self._drawn) >= CACHED_STATES:
@@ -98,7 +97,7 @@ class Panel:
         return self._drawn[key]
 
     def widget(self) -> ipywidgets.VBox:
-        """Controls, one line for messages and the image. Its ``children`` are (controls, message, image)."""
+        """Return the widget, whose ``children`` are (controls, one line for messages, image)."""
         import ipywidgets
 
         fields = {name: _field(control) for name, control in self.controls.items()}
@@ -117,7 +116,7 @@ class Panel:
 
         for field in fields.values():
             field.observe(redraw, names="value")
-        controls = ipywidgets.HBox(list(fields.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
+        controls = ipywidgets.HBox(list(fields.values()), layout={"flex_flow": "row wrap"})
         return ipywidgets.VBox([controls, message, image])
 
 
@@ -137,7 +136,7 @@ def guessing(panel: Panel, question: Slider, truth: Callable[..., float]) -> Pan
 
 
 def interactive() -> bool:
-    """Whether someone can move controls: see the module's docstring."""
+    """Return whether someone can move controls: see the module's docstring."""
     setting = os.environ.get("GOLFBOOK_STATIC", "")
     if setting:
         return setting == "0"
@@ -168,51 +167,34 @@ def play(frames: Sequence[Callable[[], Picture]], milliseconds: Sequence[int]) -
     display(Image(data=style.gif([frame() for frame in frames], milliseconds), format="gif"))
 
 
-def png_size(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels of a PNG."""
-    width, height = struct.unpack(">II", data[16:24])
-    return int(width), int(height)
+def png_size(data: bytes) -> tuple[Any, ...]:
+    """Return width and height in pixels of a PNG."""
+    return struct.unpack(">II", data[16:24])
 
 
-def image_layout(width: int, height: int) -> ipywidgets.Layout:
-    import ipywidgets
-
-    return ipywidgets.Layout(
-        width=f"{width}px", height=f"{height}px", max_width="100%", object_fit="scale-down", object_position="left top"
-    )
+def image_layout(width: int, height: int) -> dict[str, str]:
+    """Return the layout of an image of that many pixels, which shrinks with its cell."""
+    size = {"width": f"{width}px", "height": f"{height}px", "max_width": "100%"}
+    return size | {"object_fit": "scale-down", "object_position": "left top"}
 
 
 def _field(control: Control) -> Any:
     import ipywidgets
 
-    style = {"description_width": "initial"}
+    look: Any = {"value": control.default, "description": control.label, "style": {"description_width": "initial"}}
     if isinstance(control, Slider):
-        whole = all(float(x).is_integer() for x in (control.default, control.low, control.high, control.step))
-        kind, cast = (ipywidgets.IntSlider, int) if whole else (ipywidgets.FloatSlider, float)
-        return kind(
-            value=cast(control.default),
-            min=cast(control.low),
-            max=cast(control.high),
-            step=cast(control.step),
-            description=control.label,
-            continuous_update=False,
-            style=style,
-            layout=ipywidgets.Layout(width=f"{300 + 7 * len(control.label)}px"),  # a long label leaves room to slide
-            **({} if whole else {"readout_format": ".4f"}),
-        )
+        numbers = {"value": control.default, "min": control.low, "max": control.high, "step": control.step}
+        whole = all(float(x).is_integer() for x in numbers.values())
+        look |= {key: int(x) if whole else float(x) for key, x in numbers.items()}
+        look["layout"] = {"width": f"{300 + 7 * len(control.label)}px"}  # a long label leaves room to slide
+        if whole:
+            return ipywidgets.IntSlider(continuous_update=False, **look)
+        return ipywidgets.FloatSlider(continuous_update=False, readout_format=".4f", **look)
     if isinstance(control, Choice):
-        return ipywidgets.Dropdown(
-            options=list(control.options.items()), value=control.default, description=control.label, style=style
-        )
+        return ipywidgets.Dropdown(options=list(control.options.items()), **look)
     if isinstance(control, Switch):
         return ipywidgets.Checkbox(value=control.default, description=control.label, indent=False)
-    return ipywidgets.Text(
-        value=control.default,
-        description=control.label,
-        continuous_update=False,
-        style=style,
-        layout=ipywidgets.Layout(width="90%"),
-    )
+    return ipywidgets.Text(continuous_update=False, layout={"width": "90%"}, **look)
 
 
 def display_png(data: bytes) -> None:
@@ -222,7 +204,7 @@ def display_png(data: bytes) -> None:
 
 
 def display_widget(widget: Any, static: bytes | None) -> None:
-    """Display a widget; viewers that know no widgets find the picture in the same output and show that."""
+    """Show a widget; viewers that know no widgets find the picture in the same output and show that."""
     from IPython.display import display
 
     bundle = dict(widget._repr_mimebundle_())

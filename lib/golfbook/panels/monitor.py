@@ -14,15 +14,14 @@ from golfbook.plots.style import Picture
 from golfbook.run import Run
 
 REDRAW_SECONDS = 1.0
+Monitor = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
-def training_monitor(
-    run: Run, *, unigram_bpb: float | None = None, seconds: float = 10.0
-) -> Callable[[Sequence[Mapping[str, Any]]], None]:
-    """A callback for ``training.follow``: one live picture, or where nobody watches, one line every ``seconds``.
+def training_monitor(run: Run, *, unigram_bpb: float | None = None, seconds: float = 10.0) -> Monitor:
+    """Return a callback for ``training.follow``: one live picture, or where nobody watches, a line every ``seconds``.
 
-    The callback takes the metric points of the run so far. It must be called from the main thread of the kernel, as
-    ``follow`` does: output from other threads ends up under the wrong cell.
+    It takes the metric points of the run so far, and must be called from the main thread of the kernel, as ``follow``
+    does: output from other threads ends up under the wrong cell.
     """
     if interactive():
         return _live_picture(run, unigram_bpb)
@@ -30,7 +29,7 @@ def training_monitor(
 
 
 def attach(run: Run, *, unigram_bpb: float | None = None) -> Picture:
-    """The training curve of a running or finished run, from what is on the disk now."""
+    """Draw the training curve of a running or finished run, from what is on the disk now."""
     result = run.read_result("training") or {}
     return schedules.training_curve(
         run.read_metrics(),
@@ -40,7 +39,7 @@ def attach(run: Run, *, unigram_bpb: float | None = None) -> Picture:
     )
 
 
-def _live_picture(run: Run, unigram_bpb: float | None) -> Callable[[Sequence[Mapping[str, Any]]], None]:
+def _live_picture(run: Run, unigram_bpb: float | None) -> Monitor:
     import ipywidgets
 
     first = style.png(attach(run, unigram_bpb=unigram_bpb))
@@ -58,7 +57,7 @@ def _live_picture(run: Run, unigram_bpb: float | None) -> Callable[[Sequence[Map
     return update
 
 
-def _log_lines(run: Run, seconds: float) -> Callable[[Sequence[Mapping[str, Any]]], None]:
+def _log_lines(run: Run, seconds: float) -> Monitor:
     said = {"at": -np.inf, "step": -1.0}
 
     def update(metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -71,9 +70,8 @@ def _log_lines(run: Run, seconds: float) -> Callable[[Sequence[Mapping[str, Any]
 
 
 def progress_line(metrics: Sequence[Mapping[str, Any]], steps: int) -> str:
-    """One line that says how far a training run is, from its metric points."""
-    train = [p for p in metrics if p["kind"] == "train"]
-    validation = [p for p in metrics if p["kind"] == "validation"]
+    """Return one line that says how far a training run is, from its metric points."""
+    train, validation = ([p for p in metrics if p["kind"] == kind] for kind in ("train", "validation"))
     parts = [f"step {metrics[-1]['step']}/{steps}"]
     if train:
         parts += [f"loss {train[-1]['loss']:.3f} nats/token", schedules.speed_line(train[-1])]

@@ -14,7 +14,7 @@ RULES = {"mean ± t standard errors": 0.0, "mean ± 2 standard errors": 2.0}
 
 
 def seeds_needed(difference: float, std: float) -> Panel:
-    """Choose a difference and a spread, see how many paired seeds would show it. Both start at measured values.
+    """Show, for a difference and a spread to choose, how many paired seeds show it; both start at measured values.
 
     To guess beforehand: the seeds that show it with a chance of 80 %.
     """
@@ -25,24 +25,26 @@ def seeds_needed(difference: float, std: float) -> Panel:
         return float(min(max(round(value / step), 1) * step, high))
 
     panel = Panel(
-        lambda difference, std: seed_plots.seeds_needed(difference, std),
+        seed_plots.seeds_needed,
         {
             "difference": Slider("difference (BPB)", on_scale(difference), step, high, step),
             "std": Slider("std of differences (BPB)", on_scale(std), step, high, step),
         },
     )
-    return guessing(panel, Slider("my guess: seeds", 0, 0, 50), lambda difference, std: seeds_for(difference, std))
+    return guessing(panel, Slider("my guess: seeds", 0, 0, 50), seeds_for)
 
 
 def coverage(*, studies: int = 100) -> Panel:
-    """Choose a rule for intervals, draw studies without an effect anew, see how many miss 0; guess that for n = 2."""
+    """Show how many intervals of studies without an effect miss 0, by a rule to choose; to guess: that for n = 2."""
+
+    def drawn(n: int, rule: str, seed: int) -> np.ndarray:
+        return null_intervals(n, studies, seed, errors=RULES[rule])
 
     def draw(rule: str, shown: int, seed: int) -> Picture:
-        found = {n: null_intervals(n, studies, int(seed), errors=RULES[rule]) for n in SEEDS}
-        return seed_plots.coverage(found, int(shown), rule=rule)
+        return seed_plots.coverage({n: drawn(n, rule, seed) for n in SEEDS}, shown, rule=rule)
 
     def missing(rule: str, shown: int, seed: int) -> float:
-        low, high = null_intervals(SEEDS[0], studies, int(seed), errors=RULES[rule])[: int(shown)].T
+        low, high = drawn(SEEDS[0], rule, seed)[:shown].T
         return float(((low > 0) | (high < 0)).sum())
 
     controls: dict[str, Control] = {

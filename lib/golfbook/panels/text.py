@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def tokens(tokenizer: Tokenizer, text: str) -> Panel:
-    """Type a text, see its pieces and the bytes of each."""
+    """Show a text to type, its pieces and the bytes of each."""
 
     def draw(text: str) -> Picture:
         ids = tokenizer.encode_document(text)
@@ -29,7 +29,7 @@ def tokens(tokenizer: Tokenizer, text: str) -> Panel:
 
 
 def losses(model: GPT, tokenizer: Tokenizer, text: str) -> Panel:
-    """Type a text, see what predicting each token costs the model in nats."""
+    """Show, for a text to type, what predicting each token costs the model in nats."""
 
     def draw(text: str) -> Picture:
         ids = tokenizer.encode_document(text)
@@ -43,7 +43,7 @@ def losses(model: GPT, tokenizer: Tokenizer, text: str) -> Panel:
 
 
 def ladder(values: Mapping[str, float], *, unit: str, title: str, number: str = "{:,.0f}") -> Panel:
-    """Guess the last of ``values`` before its bar is drawn; where nobody can guess, the picture shows it."""
+    """Show ``values``, the last one only after a guess, or where nobody can guess."""
     *known, last = values.values()
     step = 10.0 ** (len(f"{max(known):.0f}") - 3)  # three digits are enough for a guess
 
@@ -56,7 +56,7 @@ def ladder(values: Mapping[str, float], *, unit: str, title: str, number: str = 
 
 
 def windows(targets: int, window: int, stride: int = 0) -> Panel:
-    """Choose a stride, see which window scores which target with how much context; guess the forward passes."""
+    """Show which window scores which target with how much context, by stride; guess the forward passes."""
     strides = [window >> k for k in range(7) if window >> k]
 
     def draw(stride: int) -> Picture:

@@ -23,7 +23,7 @@ SHOWN_STEPS = 80  # of a path down the valley
 
 
 def momentum() -> Panel:
-    """Look for the rate and momentum that come down a valley in the fewest steps, then see how all others do."""
+    """Show the way down a valley by rate and momentum, and how all other settings do once that is asked for."""
     valley = Valley()
     rates, momenta = np.linspace(0.001, 0.07, 70), np.linspace(0, 0.95, 39)
     steps = valley.arrival(rates, momenta[:, None])
@@ -48,12 +48,12 @@ def momentum() -> Panel:
 
 
 def newton_schulz(matrix: Tensor, name: str, *, steps: int = 5, dtype: str = "float32") -> Panel:
-    """Step through Newton-Schulz on one gradient (rows, columns); change coefficients, row norms and arithmetic."""
+    """Show Newton-Schulz on one gradient (rows, columns), step by step; choose coefficients, norms and arithmetic."""
 
     def draw(step: int, coefficients: muon.Coefficients, row_norm: bool, dtype: str) -> Picture:
-        sizes = direction_sizes(matrix, int(step), coefficients, getattr(torch, dtype), row_norm=row_norm)
-        table = muon.iteration_coefficients(max(int(step), 1), coefficients)
-        return optimizer_plots.newton_schulz(sizes, table, step=int(step), title=f"Gradient of {name}")
+        sizes = direction_sizes(matrix, step, coefficients, getattr(torch, dtype), row_norm=row_norm)
+        table = muon.iteration_coefficients(max(step, 1), coefficients)
+        return optimizer_plots.newton_schulz(sizes, table, step=step, title=f"Gradient of {name}")
 
     return Panel(
         draw,
@@ -67,7 +67,7 @@ def newton_schulz(matrix: Tensor, name: str, *, steps: int = 5, dtype: str = "fl
 
 
 def newton_schulz_frames(matrix: Tensor, name: str, steps: int = 5) -> tuple[list[Callable[[], Picture]], list[int]]:
-    """Frames of both iterations at work on one gradient, and the milliseconds to show each, for ``panels.play``."""
+    """Return frames of both iterations at work on one gradient, and the milliseconds of each, for ``panels.play``."""
     series = {
         label: (direction_sizes(matrix, steps, kind), muon.iteration_coefficients(steps, kind))
         for label, kind in COEFFICIENTS.items()
@@ -81,7 +81,7 @@ def newton_schulz_frames(matrix: Tensor, name: str, steps: int = 5) -> tuple[lis
 
 
 def curves(results: pd.DataFrame, curves: pd.DataFrame) -> Panel:
-    """Pick two variants of a study, see their validation curves over tokens, steps or time; starts at base and best."""
+    """Show validation curves of two variants over tokens, steps or time; starts at base and best."""
     means = results.groupby("variant", sort=False)["val_bpb"].mean()
     names = {variant: variant for variant in means.index}
 
@@ -99,7 +99,7 @@ def curves(results: pd.DataFrame, curves: pd.DataFrame) -> Panel:
 
 
 def trajectories(points: pd.DataFrame, events: pd.DataFrame, runs: pd.DataFrame) -> Panel:
-    """Choose the metric of the published curves, and whether the longer GEPA runs are among them."""
+    """Show the published curves; choose their metric, and whether the longer GEPA runs are among them."""
 
     def draw(metric: str, gepa: bool) -> Picture:
         shown = points if gepa else points[points["system"] != "GEPA"]

@@ -1,10 +1,8 @@
-"""Pictures of architectures: how data flows, what attention and gates do, what components cost and what they bring.
-
-Pure functions like those of :mod:`golfbook.plots.style`.
-"""
+"""Pictures of architectures: how data flows, what attention and gates do, what components cost and what they bring."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,89 +13,92 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from numpy.typing import ArrayLike
 
 from golfbook.config.architecture import ModelConfig
-from golfbook.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, LIGHT, ORANGE, PURPLE, RED, SKY, Picture, new, styled
+from golfbook.plots.style import (
+    BLACK,
+    BLUE,
+    CYCLE,
+    GREEN,
+    GREY,
+    LIGHT,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    Look,
+    Picture,
+    new,
+    styled,
+)
 
 MARKS = (("xsa_layers", "X", "exclusive self-attention"), ("value_embedding_layers", "V", "value embedding"))
+FROM_BASE = "difference from the base model in bits per byte, 95 % interval over paired seeds"
 
 
 def _box(axes: Axes, x: float, y: float, text: str, colour: str, width: float = 1.9, height: float = 0.62) -> None:
-    shape = FancyBboxPatch(
-        (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.02,rounding_size=0.1",
-        facecolor=colour, edgecolor=BLACK, linewidth=0.8, alpha=0.9, zorder=2,
-    )  # fmt: skip
-    axes.add_patch(shape)
+    look: Look = {"facecolor": colour, "edgecolor": BLACK, "linewidth": 0.8, "alpha": 0.9, "zorder": 2}
+    look["boxstyle"] = "round,pad=0.02,rounding_size=0.1"
+    axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, **look))
     axes.text(x, y, text, ha="center", va="center", fontsize=9, zorder=3)
 
 
-def _arrow(
-    axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = GREY, bend: float = 0.0
-) -> None:
-    style = f"arc3,rad={bend}"
-    arrow = FancyArrowPatch(
-        start, end, arrowstyle="-|>", mutation_scale=11, color=colour, linewidth=1.4, connectionstyle=style,
-        shrinkA=0, shrinkB=0, zorder=1,
-    )  # fmt: skip
-    axes.add_patch(arrow)
+def _arrow(axes: Axes, x: float, y: float, to_x: float, to_y: float, colour: str = GREY, bend: float = 0.0) -> None:
+    look: Look = {"arrowstyle": "-|>", "mutation_scale": 11, "color": colour, "linewidth": 1.4, "zorder": 1}
+    look |= {"connectionstyle": f"arc3,rad={bend}", "shrinkA": 0, "shrinkB": 0}
+    axes.add_patch(FancyArrowPatch((x, y), (to_x, to_y), **look))
 
 
 @styled
 def data_flow(model: ModelConfig) -> Picture:
-    """The way of the stream through a model: embedding, encoder down, decoder up, repeated blocks, refiners, head."""
-    layers, half = model.num_layers, model.num_layers // 2
-    decoder = layers - half
+    """Draw the way through a model: embedding, encoder down, decoder up, repeated blocks, refiners, head."""
+    half = model.num_layers // 2
+    decoder = model.num_layers - half
     again = model.recurrent_layers
     in_place = again if model.recurrence_place == "in_place" else ()
     after = again if model.recurrence_place == "after" else ()
     rows = max(half, decoder)
-    tail = [f"block {i} again" for i in after] + ["RMS norm"]
-    tail += [name for name, on in (
-        ("+ TTT-Linear", model.ttt_linear.enabled),
-        ("+ FlowRefiner", model.flow.enabled),
-        ("+ NativeFlow", model.native_flow.enabled),
-    ) if on]  # fmt: skip
+    on = model.ttt_linear.enabled, model.flow.enabled, model.native_flow.enabled
+    tail = [*(f"block {i} again" for i in after), "RMS norm"]
+    tail += itertools.compress(("+ TTT-Linear", "+ FlowRefiner", "+ NativeFlow"), on)
     tail += ["head (tied)" if model.tie_embeddings else "head (own table)", "soft cap"]
     figure, (axes,) = new(width=9.6, height=max(3.6, 0.62 * rows + 1.5))
     axes.axis("off")
-    head = [*(["bigram"] if model.bigram.vocab_size else []), "RMS norm", *(["smear gate"] if model.smear else [])]
-    inputs = ["token embedding", *("+ bigram hash" if name == "bigram" else name for name in head)]
+    inputs = ["token embedding", *["+ bigram hash"] * bool(model.bigram.vocab_size), "RMS norm"]
+    inputs += ["smear gate"] * model.smear
 
     def label(i: int) -> str:
         marks = "".join(mark for key, mark, _ in MARKS if i in getattr(model, key))
         times = f" x{1 + in_place.count(i)}" if i in in_place else ""
         return f"block {i}{times}" + (f"  {marks}" if marks else "")
 
-    def colour(i: int) -> str:
-        return ORANGE if i in again else SKY
-
+    colours = [ORANGE if i in again else SKY for i in range(model.num_layers)]
     for row, text in enumerate(inputs):
         _box(axes, 0, rows - 1 - row * 0.95, text, LIGHT)
         if row:
-            _arrow(axes, (0, rows - 1 - (row - 1) * 0.95 - 0.33), (0, rows - 1 - row * 0.95 + 0.33))
+            _arrow(axes, 0, rows - 1 - (row - 1) * 0.95 - 0.33, 0, rows - 1 - row * 0.95 + 0.33)
     bottom = rows - 1 - (len(inputs) - 1) * 0.95
-    first = (2.7, float(rows - 1))
     if half:
-        _arrow(axes, (0.97, bottom), (first[0] - 0.97, first[1]), GREY)
+        _arrow(axes, 0.97, bottom, 2.7 - 0.97, rows - 1)
     for i in range(half):
-        _box(axes, 2.7, rows - 1 - i, label(i), colour(i))
+        _box(axes, 2.7, rows - 1 - i, label(i), colours[i])
         if i:
-            _arrow(axes, (2.7, rows - i - 0.33), (2.7, rows - 1 - i + 0.33))
+            _arrow(axes, 2.7, rows - i - 0.33, 2.7, rows - 1 - i + 0.33)
     for j in range(decoder):
         y = rows - half + j if half else rows - 1 - j
-        _box(axes, 6.0, y, label(half + j), colour(half + j))
+        _box(axes, 6.0, y, label(half + j), colours[half + j])
         if j:
-            _arrow(axes, (6.0, y - 0.67 if half else y + 0.67), (6.0, y - 0.33 if half else y + 0.33))
+            _arrow(axes, 6.0, y - 0.67 if half else y + 0.67, 6.0, y - 0.33 if half else y + 0.33)
         if model.unet_skips and j < half:
-            _arrow(axes, (3.67, y), (5.03, y), PURPLE)
+            _arrow(axes, 3.67, y, 5.03, y, PURPLE)
     if half:
-        _arrow(axes, (2.7, rows - half - 0.33), (6.0, rows - half - 0.33), GREY, bend=0.35)
+        _arrow(axes, 2.7, rows - half - 0.33, 6.0, rows - half - 0.33, bend=0.35)
     last = rows - half + decoder - 1 if half else 0
-    _arrow(axes, (6.97, last), (8.03, rows - 1), GREY)
+    _arrow(axes, 6.97, last, 8.03, rows - 1)
     step = min(0.95, (rows + 0.4) / max(len(tail), 1))
     for row, text in enumerate(tail):
         kind = ORANGE if "again" in text else GREEN if text.startswith("+") else LIGHT
         _box(axes, 9.0, rows - 1 - row * step, text, kind, height=min(0.62, step * 0.78))
         if row:
-            _arrow(axes, (9.0, rows - 1 - (row - 1) * step - 0.3 * step), (9.0, rows - 1 - row * step + 0.38 * step))
+            _arrow(axes, 9.0, rows - 1 - (row - 1) * step - 0.3 * step, 9.0, rows - 1 - row * step + 0.38 * step)
     for x, text in ((0.0, "input"), (2.7, "encoder half"), (6.0, "decoder half"), (9.0, "output")):
         axes.text(x, max(last, rows - 1) + 0.62, text, ha="center", fontweight="bold", fontsize=10)
     notes = [f"{mark}: {text}" for key, mark, text in MARKS if getattr(model, key)]
@@ -106,15 +107,15 @@ def data_flow(model: ModelConfig) -> Picture:
     notes += ["every block also mixes in the last input box (residual mix)"]
     lowest = min(0.0, bottom, rows - 1 - (len(tail) - 1) * step) - 1.1
     half_way = -(-len(notes) // 2)
-    lines = ["      ".join(notes[:half_way]), "      ".join(notes[half_way:])]
-    axes.text(-1.0, lowest, "\n".join(lines), fontsize=9, color=GREY, va="top", in_layout=False)
+    lines = "\n".join("      ".join(part) for part in (notes[:half_way], notes[half_way:]))
+    axes.text(-1.0, lowest, lines, fontsize=9, color=GREY, va="top", in_layout=False)
     axes.set(xlim=(-1.1, 10.1), ylim=(lowest - 0.7, max(last, rows - 1) + 1.0))
     return figure
 
 
 @styled
 def attention(weights: ArrayLike, pieces: Sequence[str], *, layer: int) -> Picture:
-    """Attention weights (heads, T, T) of one layer, a square a head; rows are queries."""
+    """Draw attention weights (heads, T, T) of one layer, a square a head; rows are queries."""
     given = np.asarray(weights, float)
     shown = given[:4]
     figure, all_axes = new(len(shown), width=3.3 * len(shown) + 0.6, height=4.0)
@@ -133,7 +134,7 @@ def attention(weights: ArrayLike, pieces: Sequence[str], *, layer: int) -> Pictu
 
 @styled
 def own_value(own: Sequence[ArrayLike], other: Sequence[ArrayLike], exclusive: Sequence[int]) -> Picture:
-    """Cosine of each head's output with the token's own value, by layer, beside that with another token's value.
+    """Draw the cosine of each head's output with the token's own value, by layer, and with another token's.
 
     ``exclusive`` lists the layers that remove the part along the own value.
     """
@@ -159,7 +160,7 @@ def own_value(own: Sequence[ArrayLike], other: Sequence[ArrayLike], exclusive: S
 
 @styled
 def gates(values: Mapping[str, ArrayLike], starts: Mapping[str, ArrayLike]) -> Picture:
-    """Learned gates and scales, one small histogram each; a single number is drawn as a line.
+    """Draw learned gates and scales, one small histogram each; a single number is a line.
 
     Dashed lines are the values they started from.
     """
@@ -188,7 +189,7 @@ def gates(values: Mapping[str, ArrayLike], starts: Mapping[str, ArrayLike]) -> P
 
 @styled
 def rope(tables: Mapping[int, ArrayLike], train_length: int) -> Picture:
-    """Wavelengths of the rotated pairs in tokens, by input length; ``tables`` maps a length to its frequencies."""
+    """Draw wavelengths of the rotated pairs in tokens; ``tables`` maps an input length to its frequencies."""
     figure, (left, right) = new(2, width=9.5, height=3.5)
     for (length, frequencies), colour in zip(tables.items(), CYCLE, strict=False):
         f = np.asarray(frequencies, float)
@@ -202,9 +203,8 @@ def rope(tables: Mapping[int, ArrayLike], train_length: int) -> Picture:
         centre, mean = (np.bincount(group, x)[filled] / uses[filled] for x in (distance, cosine))
         right.plot(centre, mean, color=colour)
     left.axhline(train_length, color=GREY, linestyle="--", linewidth=1.0, label=f"reference length {train_length}")
-    left.set(
-        yscale="log", xlabel="rotated pair", ylabel="tokens for a full turn", title="Slow pairs tell far distances"
-    )
+    left.set(yscale="log", xlabel="rotated pair", ylabel="tokens for a full turn")
+    left.set_title("Slow pairs tell far distances")
     left.legend(fontsize=9)
     right.set(xscale="log", xlabel="distance of two tokens", ylabel="mean cosine of the pairs")
     right.set_title("Likeness of equal vectors, far apart")
@@ -213,7 +213,7 @@ def rope(tables: Mapping[int, ArrayLike], train_length: int) -> Picture:
 
 @styled
 def collisions(pairs_in_row: ArrayLike, weight_in_row: ArrayLike) -> Picture:
-    """How many different pairs share a row of a hashed table, and how much of a row its commonest pair makes up.
+    """Draw how many different pairs share a row of a hashed table, and the share of its commonest pair.
 
     ``pairs_in_row`` (rows,) counts different pairs of each row, ``weight_in_row`` (rows,) is the share of its uses that
     the commonest pair has (NaN for an unused row).
@@ -230,15 +230,14 @@ def collisions(pairs_in_row: ArrayLike, weight_in_row: ArrayLike) -> Picture:
     left.legend(fontsize=9)
     used = share[~np.isnan(share)]
     right.hist(used, bins=20, range=(0, 1), color=GREEN)
-    right.set(
-        xlabel="share of its commonest pair", ylabel="rows", title=f"median {np.median(used):.0%} of a row's uses"
-    )
+    right.set(xlabel="share of its commonest pair", ylabel="rows")
+    right.set_title(f"median {np.median(used):.0%} of a row's uses")
     return figure
 
 
 @styled
 def guess(row: Mapping[Any, Any], guessed: str, reach: float) -> Picture:
-    """The effect of one switch, with its interval, over the side that was guessed; hidden while nothing is guessed.
+    """Draw the effect of one switch, with its interval, over the guessed side; hidden while nothing is guessed.
 
     ``row`` has ``variant``, ``mean``, ``low``, ``high``; ``guessed`` is "better", "worse", "no difference" or empty.
     """
@@ -255,13 +254,13 @@ def guess(row: Mapping[Any, Any], guessed: str, reach: float) -> Picture:
         verdict = "as you guessed" if truth == guessed else f"you guessed '{guessed}'"
         title = f"{row['variant']}: {truth}, {verdict}"
     axes.set(xlim=(-reach, reach), yticks=[], title=title)
-    axes.set_xlabel("difference from the base model in bits per byte, 95 % interval over paired seeds")
+    axes.set_xlabel(FROM_BASE)
     return figure
 
 
 @styled
 def effects(table: pd.DataFrame) -> Picture:
-    """Paired differences from the base model with their intervals; negative is better.
+    """Draw paired differences from the base model with their intervals; negative is better.
 
     ``table`` has the columns ``variant``, ``mean``, ``low``, ``high``, ``n`` and a row a switch.
     """
@@ -275,10 +274,7 @@ def effects(table: pd.DataFrame) -> Picture:
     axes.set_yticks(range(len(rows)), [f"{v}  (n = {n})" for v, n in zip(rows["variant"], rows["n"], strict=True)])
     reach = max(float(rows[["low", "high"]].abs().max().max()) * 1.15, 1e-3)
     axes.set_xlim(-reach, reach)
-    axes.set(
-        xlabel="difference from the base model in bits per byte, 95 % interval over paired seeds",
-        title="Left: better than the base model.  Grey: not to be told from zero",
-    )
+    axes.set(xlabel=FROM_BASE, title="Left: better than the base model.  Grey: not to be told from zero")
     axes.grid(axis="y", visible=False)
     return figure
 
@@ -296,7 +292,7 @@ def _bars(axes: Axes, now: Mapping[str, float], before: Mapping[str, float], uni
 
 @styled
 def model_costs(now: Mapping[str, Mapping[str, float]], before: Mapping[str, Mapping[str, float]]) -> Picture:
-    """Bars of a model (blue) over those of the one it started from (grey), and a table of totals with their change.
+    """Draw bars of a model (blue) over those of the one it started from (grey), and totals with their change.
 
     Both hold ``parameters`` and ``flops`` (by group) and ``totals`` (quantity with its unit -> value).
     """
@@ -310,16 +306,16 @@ def model_costs(now: Mapping[str, Mapping[str, float]], before: Mapping[str, Map
         old = before["totals"].get(name, value)
         change = f"{value / old - 1:+.1%}" if old and abs(value / old - 1) > 5e-4 else "="
         text = f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
-        right.text(0.0, y, name, transform=right.transAxes, fontsize=9.5)
-        right.text(0.80, y, text, transform=right.transAxes, fontsize=9.5, ha="right")
         colour = GREY if change == "=" else RED if change[0] == "+" else GREEN
-        right.text(1.0, y, change, transform=right.transAxes, fontsize=9.5, ha="right", color=colour)
+        cells = ((0.0, name, "left", BLACK), (0.8, text, "right", BLACK), (1.0, change, "right", colour))
+        for x, words, side, ink in cells:
+            right.text(x, y, words, transform=right.transAxes, fontsize=9.5, ha=side, color=ink)
     return figure
 
 
 @styled
 def step_times(table: pd.DataFrame) -> Picture:
-    """Published step times against the estimate, stacked by term; columns ``label``, ``published_ms`` and the terms."""
+    """Draw published step times against the estimate, by term: ``label``, ``published_ms``, ``<term>_share``."""
     figure, (axes,) = new(width=9.5, height=1.2 + 0.42 * len(table))
     y = np.arange(len(table))
     left = np.zeros(len(table))

@@ -1,7 +1,4 @@
-"""Pictures of what optimisers do: momentum in a valley, Newton-Schulz on the directions of a gradient.
-
-Pure functions like those of :mod:`golfbook.plots.style`; :mod:`golfbook.analysis.optimizers` has the numbers.
-"""
+"""Pictures of what optimisers do: momentum in a valley, Newton-Schulz on the directions of a gradient."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ def valley(
     at: tuple[float, float],
     tried: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
 ) -> Picture:
-    """A path down a valley, its two directions apart, and how other settings fare.
+    """Draw a path down a valley, its two directions apart, and how other settings fare.
 
     ``path`` (steps + 1, 2) is drawn over the contours of a quadratic with these ``curvatures``, and as the distance
     along each direction. ``arrived`` is the number of steps it took (inf: it did not), ``at`` its rate and momentum.
@@ -51,9 +48,8 @@ def valley(
     middle.legend(fontsize=8.5)
     if tried is None:
         right.set_axis_off()
-        right.text(
-            0.5, 0.5, "all other settings:\ntick the box when you\nhave found your best", ha="center", color=GREY
-        )
+        words = "all other settings:\ntick the box when you\nhave found your best"
+        right.text(0.5, 0.5, words, ha="center", color=GREY)
         return figure
     rates, momenta, found = (np.asarray(values, float) for values in tried)
     mesh = right.pcolormesh(rates, momenta, np.where(np.isfinite(found), found, np.nan), cmap="viridis_r", vmax=150)
@@ -72,9 +68,9 @@ def valley(
 
 @styled
 def newton_schulz(
-    sizes: ArrayLike, coefficients: Sequence[tuple[float, float, float]], *, step: int, title: str = ""
+    sizes: ArrayLike, coefficients: Sequence[tuple[float, float, float]], *, step: int, title: str
 ) -> Picture:
-    """What Newton-Schulz has done to each singular direction of a gradient after ``step`` steps.
+    """Draw what Newton-Schulz has done to each singular direction of a gradient after ``step`` steps.
 
     ``sizes`` (steps + 1, n) holds the size along each direction after 0, 1, ... steps, in the order of the singular
     values; ``coefficients`` are those of the steps. Left the polynomial of the last step with what it did, right all
@@ -98,16 +94,15 @@ def newton_schulz(
     right.set(yscale="log", ylim=(floor * 0.8, 3), xlabel="direction, largest singular value first", ylabel="size")
     right.set_title(f"n = {len(now)}, median {np.median(now):.2g}, {near:.0%} in 0.7 to 1.3")
     right.legend(loc="lower left", fontsize=9)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left")
+    figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
 @styled
 def newton_schulz_moment(
-    series: Mapping[str, tuple[ArrayLike, Sequence[tuple[float, float, float]]]], moment: float, *, title: str = ""
+    series: Mapping[str, tuple[ArrayLike, Sequence[tuple[float, float, float]]]], moment: float, *, title: str
 ) -> Picture:
-    """One moment of Newton-Schulz in motion: a frame of the animation, a column a series.
+    """Draw one moment of Newton-Schulz in motion: a frame of the animation, a column a series.
 
     ``series`` maps a name to sizes (steps + 1, n) and the coefficients of the steps. At a whole ``moment`` k all
     directions lie on the diagonal at their size after k steps; in between they first rise to the polynomial of the
@@ -125,23 +120,21 @@ def newton_schulz_moment(
         axes.scatter(x, y, s=14, color=BLUE, zorder=3)
         near = float(((y > 0.7) & (y < 1.3)).mean())
         done = step + 1 if part >= 1 else step
-        axes.set_title(
-            f"{name}: {done} of {len(coefficients)} steps\n{near:.0%} of n = {len(y)} in 0.7 to 1.3", fontsize=11
-        )
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        steps = f"{done} of {len(coefficients)} steps"
+        axes.set_title(f"{name}: {steps}\n{near:.0%} of n = {len(y)} in 0.7 to 1.3", fontsize=11)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     return figure
 
 
 def _floor(sizes: ArrayLike) -> tuple[np.ndarray, float]:
-    """Sizes that logarithmic axes can show, and where these begin: the power of ten below the smallest at the start."""
+    """Return sizes that logarithmic axes can show, and where these begin: a power of ten below the first smallest."""
     values = np.abs(np.asarray(sizes, float))
     low = max(SMALLEST, 10.0 ** np.floor(np.log10(max(float(values[0].min()), SMALLEST))))
     return np.maximum(values, low), low
 
 
 def _draw_map(axes: Axes, coefficients: tuple[float, float, float], low: float) -> None:
-    """The polynomial of a step over its input, both logarithmic from ``low`` on."""
+    """Draw the polynomial of a step over its input, both logarithmic from ``low`` on."""
     a, b, c = coefficients
     x = np.geomspace(low, 1.4, 400)
     axes.plot(x, x, color=LIGHT, linewidth=1.2)

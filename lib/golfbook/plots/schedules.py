@@ -16,17 +16,13 @@ from golfbook.train.schedules import schedule_table, step_weights
 
 @styled
 def training_curve(
-    metrics: Sequence[Mapping[str, Any]],
-    *,
-    steps: int = 0,
-    unigram_bpb: float | None = None,
-    title: str = "",
+    metrics: Sequence[Mapping[str, Any]], *, steps: int, unigram_bpb: float | None = None, title: str = ""
 ) -> Picture:
-    """Loss of every logged step, bits per byte of every validation, and the learning-rate scale below.
+    """Draw the loss of every logged step, every validation, and the learning-rate scale below.
 
     ``metrics`` are the points of ``metrics.jsonl``: ``kind`` "train" with ``step``, ``loss`` (nats a token) and
     ``lr_scale`` (and what :func:`speed_line` shows), ``kind`` "validation" with ``step`` and ``val_bpb``. ``steps`` is
-    the planned number of steps (0: up to the last point). ``unigram_bpb`` draws the score of a model that knows only
+    the planned number of steps. ``unigram_bpb`` draws the score of a model that knows only
     how often each token occurs.
     """
     train = [p for p in metrics if p["kind"] == "train"]
@@ -64,7 +60,7 @@ def training_curve(
 
 
 def speed_line(point: Mapping[str, Any]) -> str:
-    """Speed, memory and time left of the last training point; what a point does not hold is left out."""
+    """Return speed, memory and time left of a training point; what it does not hold is left out."""
     parts = []
     if "tokens_per_second" in point:
         parts.append(f"{point['tokens_per_second']:,.0f} tokens/s")
@@ -79,7 +75,7 @@ def speed_line(point: Mapping[str, Any]) -> str:
 
 @styled
 def schedule(train: TrainConfig, step_seconds: float | None = None) -> Picture:
-    """All that changes from step to step in a training configuration, by the functions the training loop itself uses.
+    """Draw all that changes from step to step in a training configuration, by the functions that the loop uses.
 
     Left the learning-rate scale with warm-up, warmdown, snapshots and fake quantisation; right Muon's momentum and what
     each step's weights make up of those handed on. With ``train.max_seconds`` a step is taken to last ``step_seconds``
@@ -94,10 +90,8 @@ def schedule(train: TrainConfig, step_seconds: float | None = None) -> Picture:
     _draw_rate(rate, train, table)
     if train.max_seconds:
         seconds = step_seconds if step_seconds is not None else train.max_seconds / train.steps
-        clock = rate.secondary_xaxis(
-            "top", functions=(lambda x: np.asarray(x) * seconds, lambda x: np.asarray(x) / max(seconds, 1e-9))
-        )
-        clock.set_xlabel("training time (s)")
+        to_time = (lambda x: np.asarray(x) * seconds, lambda x: np.asarray(x) / max(seconds, 1e-9))
+        rate.secondary_xaxis("top", functions=to_time).set_xlabel("training time (s)")
     mu = table["muon_momentum"]
     if train.optimizer.matrix_optimizer == "muon":
         momentum.plot(steps, mu, color=BLUE, marker="o" if len(steps) < 3 else None)
@@ -116,14 +110,13 @@ def schedule(train: TrainConfig, step_seconds: float | None = None) -> Picture:
 
 
 def _draw_rate(axes: Axes, train: TrainConfig, table: Mapping[str, np.ndarray]) -> None:
-    """Learning-rate scale, with spans and marks for what starts when."""
+    """Draw the learning-rate scale, with spans and marks for what starts when."""
     steps, scale = table["step"], table["lr_scale"]
     axes.plot(steps, scale, color=ORANGE, marker="o" if len(steps) < 3 else None, label="learning-rate scale")
     axes.fill_between(steps, scale, color=ORANGE, alpha=0.15, linewidth=0)
     if train.schedule.lr_warmup_steps:
-        axes.axvspan(
-            0, min(train.schedule.lr_warmup_steps, len(steps)), color=SKY, alpha=0.25, linewidth=0, label="warm-up"
-        )
+        end = min(train.schedule.lr_warmup_steps, len(steps))
+        axes.axvspan(0, end, color=SKY, alpha=0.25, linewidth=0, label="warm-up")
     falling = np.flatnonzero((scale < 1) & (steps >= train.schedule.lr_warmup_steps))
     if len(falling):
         start = max(int(falling[0]) - 1, 0)  # the last step at the full rate: the warmdown's share left is just 1
@@ -134,29 +127,22 @@ def _draw_rate(axes: Axes, train: TrainConfig, table: Mapping[str, np.ndarray]) 
         axes.axhline(train.schedule.min_lr_scale, color=GREY, linewidth=1.2, linestyle=":", label=label)
     if train.averaging.method in ("swa", "swa_of_ema"):
         taken = steps[table["snapshot"]]
-        label = (
-            f"{len(taken)} SWA snapshots below {train.averaging.swa_start:g}"
-            if len(taken)
-            else "SWA: no snapshot is taken"
-        )
+        label = f"{len(taken)} SWA snapshots below {train.averaging.swa_start:g}"
+        label = label if len(taken) else "SWA: no snapshot is taken"
         axes.plot(taken, scale[table["snapshot"]], "D", color=GREEN, markersize=4.5, label=label)
     if train.qat.start:
         on = steps[table["qat"]]
-        label = (
-            f"fake-quantised below {train.qat.start:g}: from step {on[0]}"
-            if len(on)
-            else "fake quantisation never starts"
-        )
         if len(on):
+            label = f"fake-quantised below {train.qat.start:g}: from step {on[0]}"
             axes.axvspan(on[0], on[-1] + 1, color=PURPLE, alpha=0.3, linewidth=0, label=label)
         else:
-            axes.plot([], [], " ", label=label)
+            axes.plot([], [], " ", label="fake quantisation never starts")
     axes.set(ylabel="share of the base rates", ylim=(0, 1.05), title="Learning rate")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9)
 
 
 def _draw_average(axes: Axes, train: TrainConfig, table: Mapping[str, np.ndarray]) -> None:
-    """What each step weighs in the weights that are handed on."""
+    """Draw what each step weighs in the weights that are handed on."""
     weight, start = step_weights(train, table)
     solid = bool((weight[1:] > 0).sum() > len(weight) / 2)
     if solid:
@@ -181,7 +167,7 @@ def _draw_average(axes: Axes, train: TrainConfig, table: Mapping[str, np.ndarray
 
 
 def _schedule_words(train: TrainConfig, steps: int) -> str:
-    """What ends the run, in a line."""
+    """Return what ends the run, in a line."""
     if not train.max_seconds:
         return "1 step" if steps == 1 else f"{steps} steps"
     cut = f" of {train.steps}" if steps < train.steps else ""

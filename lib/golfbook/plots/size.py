@@ -1,7 +1,4 @@
-"""Pictures of weights and bytes: the quantisation grid, its error and entropy, and what fills the byte budget.
-
-Pure functions like those of :mod:`golfbook.plots.style`.
-"""
+"""Pictures of weights and bytes: the quantisation grid, its error and entropy, and what fills the byte budget."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from golfbook.analysis.sizes import entropy_bits, relative_error
 from golfbook.analysis.statistics import describe
-from golfbook.plots.style import BLUE, CYCLE, GREEN, GREY, LIGHT, ORANGE, RED, SKY, Picture, new, styled
+from golfbook.plots.style import BLUE, CYCLE, GREEN, GREY, LIGHT, ORANGE, RED, SKY, Look, Picture, new, styled
 
 GROUPS = {  # what the first parts of the names of a model's tensors stand for
     "tok_emb": "token embedding",
@@ -35,7 +32,7 @@ GROUPS = {  # what the first parts of the names of a model's tensors stand for
 
 
 @styled
-def parameters(counts: Mapping[str, int], *, title: str = "") -> Picture:
+def parameters(counts: Mapping[str, int], *, title: str) -> Picture:
     """Draw parameters by group as horizontal bars, largest first."""
     rows = sorted(((GROUPS.get(name, name), n) for name, n in counts.items()), key=lambda item: -item[1])
     total = sum(counts.values())
@@ -46,11 +43,12 @@ def parameters(counts: Mapping[str, int], *, title: str = "") -> Picture:
     axes.margins(x=0.28)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
-    axes.set(xlabel="parameters", title=title or f"{total:,} parameters")
+    axes.set(xlabel="parameters", title=title)
     return figure
 
 
-def _histogram(axes: Axes, weights: NDArray[np.float64], scale: float, qmax: int, clip: float) -> None:
+def _histogram(axes: Axes, weights: NDArray[np.float64], scale: float, qmax: int) -> None:
+    clip = scale * qmax
     reach = max(float(np.abs(weights).max()), clip) * 1.08
     outside = float((np.abs(weights) > clip + scale / 2).mean())  # farther off than rounding alone would put them
     axes.hist(weights, bins=81, range=(-reach, reach), color=SKY)
@@ -62,9 +60,8 @@ def _histogram(axes: Axes, weights: NDArray[np.float64], scale: float, qmax: int
             axes.axvline(sign * clip, color=ORANGE, linestyle="--")
     used = int(min(qmax, np.ceil(np.abs(weights).max() / scale - 0.5)) * 2 + 1)
     axes.set(xlabel="weight", ylabel="how many", xlim=(-reach, reach))
-    axes.set_title(
-        f"Row of {len(weights)} weights: {used} of {2 * qmax + 1} levels (red) in use,\n{outside:.1%} clipped"
-    )
+    levels_used = f"{used} of {2 * qmax + 1} levels (red) in use"
+    axes.set_title(f"Row of {len(weights)} weights: {levels_used},\n{outside:.1%} clipped")
 
 
 @styled
@@ -75,31 +72,29 @@ def quantization(
     *,
     bits: int,
     scale: float,
-    row: int = 0,
-    name: str = "",
+    name: str,
 ) -> Picture:
-    """One quantised matrix: a row on its grid, and the integers of the whole matrix with error, entropy and bytes.
+    """Draw one quantised matrix: its first row on the grid, and all integers with error, entropy and bytes.
 
-    ``weights``, ``integers`` and ``decoded`` have shape (rows, columns); ``scale`` is that of ``row``.
+    ``weights``, ``integers`` and ``decoded`` have shape (rows, columns); ``scale`` is that of the first row.
     """
     w, q = np.asarray(weights, np.float64), np.asarray(integers, np.int64)
     qmax = 2 ** (bits - 1) - 1
     figure, (left, right) = new(2, width=10.0, height=3.9)
-    _histogram(left, w[row], scale, qmax, scale * qmax)
+    _histogram(left, w[0], scale, qmax)
     values, counts = np.unique(q, return_counts=True)
     right.bar(values, counts / q.size * 100, width=0.9, color=BLUE)
     entropy, error = entropy_bits(q), relative_error(w, decoded)
     right.set(xlabel="stored integer", ylabel="share (%)", xlim=(-qmax - 1, qmax + 1))
-    right.set_title(
-        f"entropy {entropy:.2f} bits per weight, about {entropy * q.size / 8:,.0f} bytes;\nerror {error:.2%} of RMS"
-    )
-    figure.suptitle(f"{name or 'matrix'} at {bits} bits", x=0.01, ha="left")
+    size = f"about {entropy * q.size / 8:,.0f} bytes"
+    right.set_title(f"entropy {entropy:.2f} bits per weight, {size};\nerror {error:.2%} of RMS")
+    figure.suptitle(f"{name} at {bits} bits", x=0.01, ha="left")
     return figure
 
 
 @styled
 def bits_curve(table: pd.DataFrame) -> Picture:
-    """Error and size against bits. ``table``: ``bits``, ``clip`` (a label), ``error`` (of RMS), ``entropy_bits``."""
+    """Draw error and size against bits. ``table``: ``bits``, ``clip`` (a label), ``error``, ``entropy_bits``."""
     figure, (left, right) = new(2, height=3.6)
     for (clip, rows), colour in zip(table.groupby("clip", sort=False), CYCLE, strict=False):
         rows = rows.sort_values("bits")
@@ -111,11 +106,8 @@ def bits_curve(table: pd.DataFrame) -> Picture:
         right.plot(rows["bits"], rows["entropy_bits"], **look)
     bits = sorted(set(table["bits"]))
     right.plot(bits, bits, color=GREY, linestyle=":", label="bits = entropy")
-    left.set(
-        yscale="log",
-        ylabel="error (% of RMS, log scale)",
-        title="One bit more halves the error,\nunless clipping makes up most of it",
-    )
+    left.set(yscale="log", ylabel="error (% of RMS, log scale)")
+    left.set_title("One bit more halves the error,\nunless clipping makes up most of it")
     left.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     left.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     right.set(ylabel="entropy (bits per weight)", title="... and costs about\none bit of entropy")
@@ -146,17 +138,14 @@ def bits_choice(table: pd.DataFrame, chosen: int) -> Picture:
     for axes in (left, right):
         axes.set(xlabel="bits of a matrix weight", xticks=list(rows["bits"]))
         axes.margins(x=0.08, y=0.15)
-    figure.suptitle(
-        f"{chosen} bits: artifact of {one['artifact_bytes']:,.0f} bytes, {one['val_bpb']:.3f} bits per byte",
-        x=0.01,
-        ha="left",
-    )
+    words = f"artifact of {one['artifact_bytes']:,.0f} bytes, {one['val_bpb']:.3f} bits per byte"
+    figure.suptitle(f"{chosen} bits: {words}", x=0.01, ha="left")
     return figure
 
 
 @styled
 def entropy_bytes(table: pd.DataFrame) -> Picture:
-    """Bytes of each group of tensors: one byte an integer, their entropy, and what the coder really wrote.
+    """Draw bytes of each group of tensors: one byte an integer, their entropy, and what the coder really wrote.
 
     ``table`` has the columns ``group``, ``nominal_bytes``, ``entropy_bytes`` and ``coded_bytes``.
     """
@@ -189,10 +178,8 @@ def floor(here: pd.DataFrame, study: pd.DataFrame, line: list[str], differences:
         for table, size in ((study, 34), (here, 110)):
             mine = table[table["name"] == name]
             hollow = {"facecolors": "none"} if size > 100 else {"label": name}
-            left.scatter(
-                mine["artifact_bytes"] / 1000, mine["tax"], s=size, edgecolors=colour, color=colour, marker=marker,
-                zorder=3, **hollow,
-            )  # fmt: skip
+            look: Look = {"edgecolors": colour, "color": colour, "marker": marker, "zorder": 3} | hollow
+            left.scatter(mine["artifact_bytes"] / 1000, mine["tax"], s=size, **look)
     joined = study[study["name"].isin(line)].groupby("name")[["artifact_bytes", "tax"]].mean()
     joined = joined.sort_values("artifact_bytes")
     left.plot(joined["artifact_bytes"] / 1000, joined["tax"], color=GREY, linewidth=1.2, label="line without floor")
@@ -203,9 +190,8 @@ def floor(here: pd.DataFrame, study: pd.DataFrame, line: list[str], differences:
         found = describe(values)
         given = np.asarray(values, float)
         right.scatter(given, np.full(len(given), row - 0.15), color=colour, s=40, edgecolor="white", zorder=3)
-        right.errorbar(
-            found.mean, row + 0.1, xerr=(found.high - found.low) / 2, color=colour, marker="D", markersize=7, capsize=6
-        )
+        half = (found.high - found.low) / 2
+        right.errorbar(found.mean, row + 0.1, xerr=half, color=colour, marker="D", markersize=7, capsize=6)
     right.axvline(0, color=GREY, linewidth=1.2)
     right.set_yticks(range(len(differences)), [f"{k}\nn = {np.size(v)} seeds" for k, v in differences.items()])
     right.set(ylim=(len(differences) - 0.5, -0.5), xlabel="floor minus the other (bits per byte)")
@@ -242,7 +228,7 @@ def sensitivity(table: pd.DataFrame, *, bits: int) -> Picture:
 
 @styled
 def budget(sizes: Mapping[str, int], limit: int = 16_000_000) -> Picture:
-    """Bytes against the limit: all of it in one bar on top, and below what the used part is made of."""
+    """Draw bytes against the limit: all of it in one bar on top, below what the used part is."""
     total = sum(sizes.values())
     figure = Picture(figsize=(9.0, 3.2 + 0.2 * ((len(sizes) - 1) // 3)), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(1, 1.25))

@@ -1,7 +1,6 @@
 """Pictures as pure functions: data in, one matplotlib ``Figure`` out, nothing shown and no global state touched.
 
-This module holds the style, the way figures are saved, and the pictures of training and of seeds. Pictures of text and
-scoring are in :mod:`golfbook.plots.text`, those of weights and bytes in :mod:`golfbook.plots.size`.
+This module holds the style and the way figures are saved; the pictures are in one module a subject.
 
 A figure is returned as :class:`Picture`, which draws itself when it is the last value of a notebook cell, once, with or
 without ``%matplotlib``. Colours are those of Okabe and Ito (2008), which people of any common colour vision can tell
@@ -55,19 +54,20 @@ STYLE: Any = {  # the type of matplotlib's settings differs between its versions
     "ytick.labelsize": 10,
 }
 DPI = 100
+Look = dict[str, Any]  # settings of a drawing function that several calls share
 
 P = ParamSpec("P")
 
 
 class Picture(Figure):
-    """A matplotlib figure that shows itself in a notebook without pyplot."""
+    """Draw itself in a notebook without pyplot: a matplotlib figure."""
 
     def _repr_png_(self) -> bytes:
         return png(self)
 
 
 def styled(draw: Callable[P, Picture]) -> Callable[P, Picture]:
-    """Run a drawing function under the house style, whatever the caller's rcParams are."""
+    """Draw under the house style, whatever the caller's rcParams are."""
 
     @functools.wraps(draw)
     def inner(*args: P.args, **kwargs: P.kwargs) -> Picture:
@@ -80,14 +80,14 @@ def styled(draw: Callable[P, Picture]) -> Callable[P, Picture]:
 
 
 def new(columns: int = 1, *, width: float = 9.0, height: float = 3.8, **grid: Any) -> tuple[Picture, list[Axes]]:
-    """An empty picture of ``width`` x ``height`` inches with its axes in one row (more with ``nrows`` in ``grid``)."""
+    """Return an empty picture of ``width`` x ``height`` inches and its axes in one row (more: ``nrows``)."""
     figure = Picture(figsize=(width, height), layout="constrained")
     axes = figure.subplots(ncols=columns, squeeze=False, **grid)
     return figure, list(axes.flat)
 
 
 def png(figure: Figure, dpi: int = DPI) -> bytes:
-    """The figure as PNG bytes; equal data gives equal bytes."""
+    """Return the figure as PNG bytes; equal data gives equal bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
@@ -95,7 +95,7 @@ def png(figure: Figure, dpi: int = DPI) -> bytes:
 
 
 def gif(frames: Sequence[Picture], milliseconds: Sequence[int], *, dpi: int = 80, colours: int = 48) -> bytes:
-    """An endless animation as GIF bytes; ``milliseconds`` has how long each of ``frames`` is shown.
+    """Return an endless animation as GIF bytes; ``milliseconds`` says how long each frame is shown.
 
     All frames share one palette of ``colours``, made from the last one, which keeps files small and colours steady.
     Frames must be of one size. Written by Pillow, as matplotlib's own writer does, which knows neither palettes nor
@@ -112,9 +112,9 @@ def gif(frames: Sequence[Picture], milliseconds: Sequence[int], *, dpi: int = 80
 
 
 def save(figure: Figure, name: str, table: pd.DataFrame | None = None) -> list[Path]:
-    """Write ``<name>.png``, ``<name>.svg`` and, with a ``table``, ``<name>.csv`` into the figures folder; return them.
+    """Return the files written: ``<name>.png``, ``<name>.svg`` and, with a ``table``, ``<name>.csv``.
 
-    The files hold no dates, so that equal data gives equal bytes. Each is written atomically. Raises
+    They lie in the figures folder and hold no dates: equal data gives equal bytes. Each is written atomically. Raises
     :class:`GolfbookError` for a name with a path in it, :class:`RunError` where the disk refuses.
     """
     if Path(name).name != name or name.startswith("."):

@@ -1,7 +1,4 @@
-"""Pictures of text: which token carries how many bytes, what it cost, and which window scored it with how much context.
-
-Pure functions like those of :mod:`golfbook.plots.style`.
-"""
+"""Pictures of text: which token carries how many bytes, what it cost, which window scored it with how much context."""
 
 from __future__ import annotations
 
@@ -16,7 +13,9 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from numpy.typing import ArrayLike
 
-from golfbook.plots.style import BLUE, GREY, LIGHT, ORANGE, RED, SKY, Picture, new, styled
+from golfbook.plots.style import BLUE, GREY, LIGHT, ORANGE, RED, SKY, Look, Picture, new, styled
+
+LINE = 92.0  # width of a line of tokens, in letters
 
 
 @functools.cache
@@ -25,7 +24,7 @@ def _fonts() -> tuple[FT2Font, ...]:
 
 
 def printable(text: str) -> str:
-    """``text`` with spaces made visible and characters that the figures' font lacks written as code points."""
+    """Return ``text`` with spaces made visible and characters that the font lacks as code points."""
     text = text.replace("\u2581", "\u2423").replace(" ", "\u2423")  # open box: the usual sign for a space
 
     def known(c: str) -> bool:
@@ -35,8 +34,8 @@ def printable(text: str) -> str:
 
 
 @styled
-def bytes_per_token(token_bytes: ArrayLike, *, what: str = "validation text") -> Picture:
-    """How many tokens stand for 0, 1, 2, ... bytes, and what share of all bytes those tokens carry."""
+def bytes_per_token(token_bytes: ArrayLike) -> Picture:
+    """Draw how many tokens stand for 0, 1, 2, ... bytes, and what share of all bytes they carry."""
     sizes = np.asarray(token_bytes, np.int64)
     counts = np.bincount(sizes)
     lengths = np.arange(len(counts))
@@ -45,7 +44,7 @@ def bytes_per_token(token_bytes: ArrayLike, *, what: str = "validation text") ->
     left.bar(lengths, counts / len(sizes) * 100, color=SKY)
     left.set(ylabel="tokens (%)", title=f"n = {len(sizes):,} tokens, {sizes.mean():.2f} bytes each")
     right.bar(lengths, counts * lengths / total * 100, color=BLUE)
-    right.set(ylabel="share of all bytes (%)", title=f"{total:,} bytes of {what}")
+    right.set(ylabel="share of all bytes (%)", title=f"{total:,} bytes of validation text")
     for axes in (left, right):
         axes.set(xlabel="UTF-8 bytes of one token")
         axes.set_xticks(lengths[:: max(1, len(lengths) // 12)])
@@ -53,10 +52,10 @@ def bytes_per_token(token_bytes: ArrayLike, *, what: str = "validation text") ->
 
 
 @styled
-def top_pieces(pieces: Sequence[str], counts: ArrayLike, token_bytes: ArrayLike, *, top: int = 20) -> Picture:
-    """The ``top`` pieces by bytes carried. ``counts`` and ``token_bytes`` (all bytes of a piece) go with ``pieces``."""
+def top_pieces(pieces: Sequence[str], counts: ArrayLike, token_bytes: ArrayLike) -> Picture:
+    """Draw the 20 pieces that carry most bytes; ``counts`` and ``token_bytes`` (all bytes of a piece) go with them."""
     carried, n = np.asarray(token_bytes, np.int64), np.asarray(counts, np.int64)
-    order = np.argsort(-carried, kind="stable")[:top]
+    order = np.argsort(-carried, kind="stable")[:20]
     share = carried[order] / max(int(carried.sum()), 1) * 100
     figure, (axes,) = new(width=8.0, height=0.6 + 0.27 * len(order))
     axes.barh(np.arange(len(order)), share, color=BLUE)
@@ -78,23 +77,22 @@ def tokens(
     token_bytes: Sequence[int],
     nats: Sequence[float] | None = None,
     *,
-    line: float = 92.0,
     title: str = "",
 ) -> Picture:
-    """One box a token with its bytes below; with ``nats``, colour and number say what predicting it cost."""
+    """Draw a box a token with its bytes below; with ``nats``, colour and number say what predicting it cost."""
     texts = [printable(p) for p in pieces]
     below = [str(int(b)) for b in token_bytes] if nats is None else [f"{x:.1f}" for x in nats]
     boxes: list[tuple[float, int, float]] = []
     x, row = 0.0, 0
     for text, number in zip(texts, below, strict=True):
         width = max(1.35 * len(text), 1.1 * len(number)) + 1.4
-        if x + width > line and x > 0:
+        if x + width > LINE and x > 0:
             x, row = 0.0, row + 1
         boxes.append((x, row, width))
         x += width + 0.5
     rows = row + 1 if texts else 1
     figure, (axes,) = new(width=10.0, height=0.75 + 0.62 * rows + (0.25 if nats is not None else 0))
-    axes.set(xlim=(-0.5, line + 0.5), ylim=(rows - 0.02, -0.12))
+    axes.set(xlim=(-0.5, LINE + 0.5), ylim=(rows - 0.02, -0.12))
     axes.axis("off")
     worst = max([*(nats or []), 1e-9])
     colours = matplotlib.colormaps["YlOrRd"]
@@ -103,28 +101,13 @@ def tokens(
             face = (SKY, LIGHT)[i % 2] if token_bytes[i] else "white"
         else:
             face = matplotlib.colors.to_hex(colours(0.05 + 0.75 * min(nats[i] / worst, 1.0)))
-        axes.add_patch(
-            FancyBboxPatch(
-                (left, level + 0.04),
-                width,
-                0.5,
-                boxstyle="round,pad=0,rounding_size=0.15",
-                facecolor=face,
-                edgecolor=GREY,
-                linewidth=0.6,
-            )
-        )
-        axes.text(
-            left + width / 2,
-            level + 0.29,
-            texts[i],
-            ha="center",
-            va="center",
-            family="DejaVu Sans Mono",
-            fontsize=11,
-            parse_math=False,
-        )
-        axes.text(left + width / 2, level + 0.74, below[i], ha="center", va="center", fontsize=9, color=GREY)
+        look: Look = {"boxstyle": "round,pad=0,rounding_size=0.15", "edgecolor": GREY, "linewidth": 0.6}
+        axes.add_patch(FancyBboxPatch((left, level + 0.04), width, 0.5, facecolor=face, **look))
+        middle: Look = {"ha": "center", "va": "center"}
+        centre = left + width / 2
+        font: Look = {"family": "DejaVu Sans Mono", "fontsize": 11, "parse_math": False}
+        axes.text(centre, level + 0.29, texts[i], **middle, **font)
+        axes.text(centre, level + 0.74, below[i], fontsize=9, color=GREY, **middle)
     size = int(sum(token_bytes))
     text = f"{len(texts)} tokens, {size} bytes"
     if nats is None:
@@ -165,18 +148,16 @@ def ladder(
 
 @styled
 def vocabularies(table: pd.DataFrame) -> Picture:
-    """Unigram entropy a token and a byte for several vocabulary sizes: the first grows, the second falls.
+    """Draw unigram entropy a token and a byte for several vocabulary sizes: one grows, one falls.
 
     ``table`` has the columns ``pieces``, ``bits_per_token``, ``bytes_per_token`` and ``bits_per_byte``.
     """
     figure, (left, right) = new(2, height=3.5)
     x = np.arange(len(table))
-    for axes, column, colour, label in (
-        (left, "bits_per_token", ORANGE, "bits per token"),
-        (right, "bits_per_byte", BLUE, "bits per byte"),
-    ):
-        bars = axes.bar(x, table[column], color=colour, width=0.6)
-        axes.bar_label(bars, [f"{v:.2f}" for v in table[column]], padding=2, fontsize=10)
+    for axes, label, colour in ((left, "bits per token", ORANGE), (right, "bits per byte", BLUE)):
+        values = table[label.replace(" ", "_")]
+        bars = axes.bar(x, values, color=colour, width=0.6)
+        axes.bar_label(bars, [f"{v:.2f}" for v in values], padding=2, fontsize=10)
         axes.set_xticks(x, [f"{int(n):,}" for n in table["pieces"]])
         axes.margins(y=0.15)
         axes.set(xlabel="pieces of the vocabulary", ylabel=label)
@@ -186,14 +167,12 @@ def vocabularies(table: pd.DataFrame) -> Picture:
 
 
 @styled
-def windows(
-    starts: ArrayLike, first: ArrayLike, stop: ArrayLike, *, window: int, targets: int, shown: int = 8
-) -> Picture:
-    """The first windows of a scoring plan: context in grey, scored targets in colour, one row a window.
+def windows(starts: ArrayLike, first: ArrayLike, stop: ArrayLike, *, window: int, targets: int) -> Picture:
+    """Draw the first windows of a scoring plan: context in grey, scored targets in colour, a row each.
 
     Window w covers targets [starts, min(starts + window, targets)) and scores [first, stop).
     """
-    begin, score, end = (np.asarray(a, np.int64)[:shown] for a in (starts, first, stop))
+    begin, score, end = (np.asarray(a, np.int64)[:8] for a in (starts, first, stop))
     total = len(np.asarray(starts))
     figure, (axes,) = new(width=9.0, height=1.5 + 0.3 * len(begin))
     for row, (b, s, e) in enumerate(zip(begin, score, end, strict=True)):
@@ -217,7 +196,7 @@ def windows(
 
 @styled
 def times_scored(ours: ArrayLike, published: ArrayLike, *, first_target: int) -> Picture:
-    """How often each of the last targets is scored, by this workbook and by the published scripts."""
+    """Draw how often each of the last targets is scored, here and by the published scripts."""
     a, b = np.asarray(ours, np.int64), np.asarray(published, np.int64)
     x = first_target + np.arange(len(a))
     figure, (axes,) = new(width=9.0, height=3.2)

@@ -1,12 +1,13 @@
 """Pictures of training: published trajectories, sweeps and conditions over seeds.
 
-Pure functions like those of :mod:`golfbook.plots.style`. Tables of results are tidy: ``sweep`` and ``conditions`` take
-one row a run, and differences one row a comparison; :mod:`golfbook.panels.training` makes both from a study.
+Tables of results are tidy: scores have one row a run, differences one row a comparison;
+:mod:`golfbook.analysis.comparisons` makes both from a study.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from golfbook.analysis.comparisons import RUN, SYSTEMS
 from golfbook.analysis.statistics import describe
-from golfbook.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, ORANGE, PURPLE, RED, Picture, new, styled
+from golfbook.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, ORANGE, PURPLE, RED, Look, Picture, new, styled
 
 METRICS = {
     "val_bpb": "validation (bits per byte)",
@@ -28,7 +29,7 @@ COUNTS = {"tokens_seen": "trained tokens", "step": "optimiser step", "seconds": 
 
 @styled
 def trajectories(points: pd.DataFrame, events: pd.DataFrame, runs: pd.DataFrame, *, metric: str = "val_bpb") -> Picture:
-    """Published curves against steps (left) and hours of training (right), and what happened when (below).
+    """Draw published curves against steps (left) and hours of training (right), and events (below).
 
     The tables are ``trajectories.csv``, ``events.csv`` and ``runs.csv`` of ``runs/published``; ``metric`` is a key of
     :data:`METRICS`. The first validation, before any step, is left out. Below, a line a run: thick from the start of
@@ -38,11 +39,8 @@ def trajectories(points: pd.DataFrame, events: pd.DataFrame, runs: pd.DataFrame,
     events = events.assign(seed=events["seed"].fillna(-1))
     shown = points[(points["metric"] == metric) & (points["step"] > 0)]
     systems = [name for name in SYSTEM_COLOURS if name in set(shown["system"])]
-    lines = [
-        key
-        for name in systems
-        for key in dict.fromkeys(shown.loc[shown["system"] == name, RUN].itertuples(index=False, name=None))
-    ]
+    runs_shown = dict.fromkeys(shown[RUN].itertuples(index=False, name=None))
+    lines = sorted(runs_shown, key=lambda run: systems.index(run[0]))
     figure = Picture(figsize=(10.5, 6.0), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(3.2, 1))
     late = shown[shown["step"] >= 0.06 * shown.groupby(RUN)["step"].transform("max")]["value"]
@@ -53,23 +51,13 @@ def trajectories(points: pd.DataFrame, events: pd.DataFrame, runs: pd.DataFrame,
             colour = SYSTEM_COLOURS[key[0]]
             mine = shown[(shown[RUN] == key).all(axis=1)].sort_values("step")
             curves.plot(mine[x], mine["value"], color=colour, linewidth=1.2, alpha=0.75, marker=dot, markersize=3)
-            _draw_events(
-                strip,
-                row,
-                events[(events[RUN] == key).all(axis=1)],
-                points[(points[RUN] == key).all(axis=1)],
-                x,
-                colour,
-            )
+            its_events, its_points = (table[(table[RUN] == key).all(axis=1)] for table in (events, points))
+            _draw_events(strip, row, its_events, its_points, x, colour)
         margin = 0.04 * float(late.max() - late.min())
         curves.set(ylim=(float(late.min()) - margin, float(late.max()) + margin), ylabel=METRICS[metric])
         curves.set_xlim(left=0)
-        strip.set(
-            xlim=curves.get_xlim(),
-            ylim=(len(lines), -1),
-            yticks=[],
-            xlabel="optimiser step" if x == "step" else "hours of training",
-        )
+        strip.set(xlim=curves.get_xlim(), ylim=(len(lines), -1), yticks=[])
+        strip.set_xlabel("optimiser step" if x == "step" else "hours of training")
         curves.tick_params(labelbottom=False)
         strip.grid(axis="y", visible=False)
         curves.set_title("Against steps of 786,432 tokens" if x == "step" else "Against time, each on its own hardware")
@@ -79,16 +67,15 @@ def trajectories(points: pd.DataFrame, events: pd.DataFrame, runs: pd.DataFrame,
         figure.axes[0].plot([], [], color=SYSTEM_COLOURS[name], linewidth=2.5, label=label)
     figure.axes[0].legend(fontsize=9)
     for marker, size, label in (("", 0, "warmdown"), ("|", 11, "snapshots begin"), ("s", 5, "late-QAT switch")):
-        figure.axes[2].plot(
-            [], [], color=BLACK, marker=marker, markersize=size, linewidth=0 if marker else 4, label=label
-        )
+        look: Look = {"marker": marker, "markersize": size, "linewidth": 0 if marker else 4}
+        figure.axes[2].plot([], [], color=BLACK, label=label, **look)
     figure.axes[2].legend(title="below: each run", title_fontsize=9, fontsize=9)
     figure.suptitle("Published training runs (facts of the pull requests, not of this project)", x=0.01, ha="left")
     return figure
 
 
 def _draw_events(axes: Axes, row: int, events: pd.DataFrame, points: pd.DataFrame, x: str, colour: str) -> None:
-    """One run of the strip below :func:`trajectories`; steps become hours by the run's own logged times."""
+    """Draw one run of the strip below :func:`trajectories`; steps become hours by its own logged times."""
     clock = points.drop_duplicates("step").sort_values("step")
 
     def place(step: float) -> float:
@@ -106,15 +93,9 @@ def _draw_events(axes: Axes, row: int, events: pd.DataFrame, points: pd.DataFram
 
 @styled
 def sweep(
-    scores: pd.DataFrame,
-    differences: pd.DataFrame,
-    *,
-    xlabel: str,
-    title: str,
-    base: float = 10,
-    against: str = "",
+    scores: pd.DataFrame, differences: pd.DataFrame, *, xlabel: str, title: str, against: str, base: float = 10
 ) -> Picture:
-    """A score over a setting, one line a series, and paired differences beside it.
+    """Draw a score over a setting, one line a series, and paired differences beside it.
 
     ``scores`` has the columns ``series``, ``x``, ``seed`` and ``val_bpb``, one row a run; every run is a dot, a line
     joins the means, bars are their 95 % t-intervals, and a ring marks the best mean of each series among those of all
@@ -131,7 +112,7 @@ def sweep(
 
 @styled
 def curves(curves: pd.DataFrame, variants: Sequence[str], *, x: str) -> Picture:
-    """Validation curves of some variants: thin a seed, thick the mean.
+    """Draw validation curves of some variants: thin a seed, thick the mean.
 
     ``curves`` has ``variant``, ``seed``, ``step``, ``val_bpb`` and the columns of :data:`COUNTS`, one row a validation;
     ``x`` is a key of :data:`COUNTS`. The points before the third are cut off where they are high above the rest.
@@ -157,7 +138,7 @@ def curves(curves: pd.DataFrame, variants: Sequence[str], *, x: str) -> Picture:
 
 @styled
 def conditions(scores: pd.DataFrame, differences: pd.DataFrame, *, title: str, against: str) -> Picture:
-    """Rows of conditions: every seed as a dot with mean and 95 % interval, and the paired difference from a reference.
+    """Draw rows of conditions: every seed as a dot, mean, 95 % interval, and the paired difference from a reference.
 
     ``scores`` has ``label``, ``seed``, ``val_bpb`` and may have ``group``, which parts the rows and sets the colour;
     ``differences`` has ``label``, ``mean``, ``low``, ``high``, ``n`` for the rows that are compared, and ``group`` too
@@ -173,27 +154,19 @@ def conditions(scores: pd.DataFrame, differences: pd.DataFrame, *, title: str, a
         values = scores.loc[(scores["group"] == group) & (scores["label"] == label), "val_bpb"].to_numpy(float)
         left.plot(values, [y - 0.14] * len(values), "o", color=colour, alpha=0.45, markersize=6)
         summary = describe(values)
-        left.errorbar(
-            summary.mean,
-            y + 0.14,
-            xerr=_half(summary.low, summary.high),
-            color=colour,
-            marker="D",
-            capsize=4,
-            markersize=6,
-        )
+        half = _half(summary.low, summary.high)
+        left.errorbar(summary.mean, y + 0.14, xerr=half, color=colour, marker="D", capsize=4, markersize=6)
         found = differences[(differences["group"] == group) & (differences["label"] == label)]
         if found.empty:
             right.plot(0, y, "D", color=GREY, markersize=6)
         for one in found.to_dict("records"):
-            _draw_difference(right, y, one["mean"], one["low"], one["high"])
+            _draw_difference(right, y, one)
     counts = scores.groupby(["group", "label"], sort=False)["seed"].count()
     left.set_yticks(list(place.values()), [f"{label}  (n = {counts[group, label]})" for group, label in rows])
     for group in groups if len(groups) > 1 else []:
         top = min(y for (g, _), y in place.items() if g == group)
-        left.annotate(
-            group, (0.0, top - 0.62), xycoords=("axes fraction", "data"), fontsize=10, fontweight="bold", va="center"
-        )
+        place_of_name: Look = {"xycoords": ("axes fraction", "data"), "va": "center"}
+        left.annotate(group, (0.0, top - 0.62), fontsize=10, fontweight="bold", **place_of_name)
     left.set_ylim(max(place.values()) + 0.6, -1.1 if len(groups) > 1 else -0.8)
     left.set(xlabel="bits per byte", title=title)
     right.set_title(against)
@@ -205,7 +178,7 @@ def conditions(scores: pd.DataFrame, differences: pd.DataFrame, *, title: str, a
 
 @styled
 def two_by_two(scores: pd.DataFrame, differences: pd.DataFrame, *, title: str, against: str) -> Picture:
-    """Two remedies, without, with one and with both: a line a ``group`` over the ``label``, and paired differences.
+    """Draw two remedies, without, with one, with both: a line a ``group`` over the ``label``, and paired differences.
 
     ``scores`` has ``group``, ``label``, ``seed`` and ``val_bpb`` of four cells, ``differences`` is as in :func:`sweep`.
     The first group and the first label are those without. The hollow mark is where both together would lie if what
@@ -244,23 +217,14 @@ def _draw_sweep(axes: Axes, scores: pd.DataFrame, *, xlabel: str, base: float) -
         halves = np.array([_half(p.low, p.high)[:, 0] for p in points.values()]).T
         counts = sorted({p.n for p in points.values()})
         label = f"{name} (n = {counts[0]}{'' if len(counts) == 1 else f' to {counts[-1]}'})"
-        centres = [p.mean for p in points.values()]
-        axes.errorbar(
-            list(points), centres, yerr=halves, color=colour, marker="D", markersize=5, capsize=4, label=label
-        )
+        look: Look = {"marker": "D", "markersize": 5, "capsize": 4, "color": colour, "label": label}
+        axes.errorbar(list(points), [p.mean for p in points.values()], yerr=halves, **look)
+        edge = axes.get_xaxis_transform()
+        words: Look = {"textcoords": "offset points", "ha": "center", "fontsize": 9, "color": colour}
         for x, point in points.items():
             if point.mean > top:
-                axes.plot(x, 0.97, "^", color=colour, transform=axes.get_xaxis_transform(), markersize=8)
-                axes.annotate(
-                    f"{point.mean:.2f}",
-                    (x, 0.97),
-                    (0, -14),
-                    xycoords=axes.get_xaxis_transform(),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=9,
-                    color=colour,
-                )
+                axes.plot(x, 0.97, "^", color=colour, transform=edge, markersize=8)
+                axes.annotate(f"{point.mean:.2f}", (x, 0.97), (0, -14), xycoords=edge, **words)
         best = min((at for at in points if points[at].n == counts[-1]), key=lambda at: points[at].mean)
         axes.plot(best, points[best].mean, "o", markersize=15, mfc="none", mec=colour, mew=2)
     shown = scores.loc[scores["val_bpb"] <= top, "val_bpb"]
@@ -283,7 +247,7 @@ def _draw_differences(axes: Axes, differences: pd.DataFrame) -> None:
         return
     records = differences.to_dict("records")
     for y, one in enumerate(records):
-        _draw_difference(axes, y, one["mean"], one["low"], one["high"])
+        _draw_difference(axes, y, one)
     labels = [f"{one['label']}\n(n = {one['n']} pairs)" for one in records]
     axes.set_yticks(range(len(differences)), labels, fontsize=9)
     axes.set_ylim(len(differences) - 0.5, -0.5)
@@ -298,8 +262,9 @@ def _finish_differences(axes: Axes) -> None:
     axes.grid(axis="y", visible=False)
 
 
-def _draw_difference(axes: Axes, y: float, mean: float, low: float, high: float) -> None:
-    """Green below zero, red above it, grey where the interval holds zero or cannot be known."""
+def _draw_difference(axes: Axes, y: float, one: Mapping[Any, Any]) -> None:
+    """Draw green below zero, red above it, grey where the interval holds zero or cannot be known."""
+    mean, low, high = one["mean"], one["low"], one["high"]
     colour = GREEN if high < 0 else RED if low > 0 else GREY
     axes.errorbar(mean, y, xerr=_half(low, high), color=colour, marker="o", markersize=7, capsize=4, linewidth=2.2)
     words = axes.annotate(f"{mean:+.4f}", (mean, y), (0, 8), textcoords="offset points", ha="center")
@@ -307,5 +272,5 @@ def _draw_difference(axes: Axes, y: float, mean: float, low: float, high: float)
 
 
 def _half(low: float, high: float) -> np.ndarray:
-    """Half the interval [low, high], twice, as error bars take it; NaN, which draws none, for a single value."""
+    """Return half the interval [low, high], twice, as error bars take it; NaN, which draws none, for one value."""
     return np.full((2, 1), (high - low) / 2)
