@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golfbook.config.load import keys, load_config, preset_names, scale_names, validate
-from golfbook.config.schema import Config
+from golfbook.config.schema import Config, MachineConfig
 from golfbook.errors import ConfigError
 from golfbook.model.gpt import parameter_table
 
@@ -130,6 +130,13 @@ def test_hash_names_the_settings_and_nothing_else():
     assert load_config("quickstart", overrides={"train.steps": 301}).hash != base.hash
     renamed = base.model_copy(update={"preset": "other"})
     assert renamed.hash == base.hash
+    changed = {"checkpoint_activations": True, "compile_warmup_steps": 7, "log_every": 3, "validate_every": 0}
+    changed["checkpoint_every"] = 0
+    assert set(changed) == MachineConfig.silent, "what computes nothing else, see test_training"
+    quiet = load_config("quickstart", overrides={f"machine.{key}": value for key, value in changed.items()})
+    assert quiet.hash == base.hash and quiet != base
+    for key, value in {"threads": 2, "precision": "float32", "attention": "sdpa", "compile": True}.items():
+        assert load_config("quickstart", overrides={f"machine.{key}": value}).hash != base.hash, key
     assert validate(json.loads(base.model_dump_json())) == base
 
 

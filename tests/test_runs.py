@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 
 from golfbook.config.load import check_parameters, load_config
-from golfbook.errors import ConfigError
-from golfbook.run import create_run, notebook_run, open_run
+from golfbook.errors import ConfigError, RunError
+from golfbook.run import create_run, list_runs, notebook_run, open_run, skipped_runs
 from golfbook.study import estimates, results
 
 GIVEN: dict[str, Any] = {"preset": "quickstart", "seed": 1, "overrides": {}, "study": "s", "variant": "v"}
@@ -80,3 +81,22 @@ def test_reading_needs_no_write_access(
     assert sorted(path.name for path in run.path.iterdir()) == ["config.json", "env.json"]  # looking leaves no lock
     with again.lock("job"):
         assert again.is_locked("job")
+
+
+def test_a_run_may_be_logged_otherwise_and_keeps_its_folder(golfbook_home: Path) -> None:
+    first = create_run("s", "v", load_config("quickstart"))
+    again = create_run("s", "v", load_config("quickstart", overrides={"machine.log_every": 3}))
+    assert again.path == first.path and open_run(first.path).config.machine.log_every == 3
+    assert create_run("s", "v", load_config("quickstart", seed=2)).path != first.path
+
+
+def test_folders_of_an_older_version_are_named_and_not_misread(golfbook_home: Path) -> None:
+    """A configuration as written before training had sections."""
+    run = create_run("s", "v", load_config("quickstart"))
+    tree = json.loads((run.path / "config.json").read_text())
+    optimizer, machine = tree["train"].pop("optimizer"), tree.pop("machine")
+    tree["train"] |= {**optimizer, **machine}
+    (run.path / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(RunError, match=r"another version of golfbook.*'train.matrix_lr'.*delete the folder, or use"):
+        open_run(run.path)
+    assert list_runs("s") == [] and "of an older version" in skipped_runs("s")[run.path]

@@ -65,7 +65,7 @@ class CanonConfig(Section):
 
 
 class MTPConfig(Section):
-    """Multi-token prediction: extra heads for later targets, trained along and not exported (section 4 step 11)."""
+    """Multi-token prediction: extra heads for later targets, not exported (PR 1166 section 4 step 11)."""
 
     num_heads: NonNegative = 0
     loss_weight: Rate = 0.2

@@ -232,7 +232,7 @@ class NativeFlowMatcher(Refiner):
 
 
 class LaterTargets(nn.ModuleList, Component):
-    """Multi-token prediction: a head for each later target, trained along and not exported (section 4 step 11)."""
+    """Multi-token prediction: a head for each later target, trained along, not exported (PR 1166 section 4 step 11)."""
 
     OFF: ClassVar = {"mtp": MTPConfig()}  # settings of a model without it
 
