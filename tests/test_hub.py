@@ -123,10 +123,10 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def fake(published: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setattr(fineweb, "CHUNK", 4096)
     monkeypatch.setattr(fineweb, "PAUSE", 0.0)
-    monkeypatch.delenv("HF_ENDPOINT", raising=False)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     server = FakeHub(dict(published))
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
     yield server
     server.close()
 
@@ -136,7 +136,7 @@ def _leftovers(folder: Path) -> list[str]:
 
 
 def test_download_brings_what_is_asked_for_and_no_more(fake: FakeHub, tmp_path: Path) -> None:
-    got = download_fineweb(tmp_path, 1, fake.endpoint)
+    got = download_fineweb(tmp_path, 1)
     assert [p.name for p in got.train] == ["fineweb_train_000000.bin"]
     assert [p.name for p in got.validation] == ["fineweb_val_000000.bin"]
     assert got.revision == COMMIT
@@ -145,20 +145,20 @@ def test_download_brings_what_is_asked_for_and_no_more(fake: FakeHub, tmp_path: 
     assert got.tokenizer.read_bytes() == (HERE / "data/fineweb_1024_bpe.model").read_bytes()
     assert _leftovers(tmp_path) == []
     fake.close()  # what is there needs no connection
-    assert download_fineweb(tmp_path, 1, fake.endpoint) == got
+    assert download_fineweb(tmp_path, 1) == got
 
 
 def test_more_shards_reuse_the_ones_that_are_there(fake: FakeHub, tmp_path: Path) -> None:
-    download_fineweb(tmp_path, 1, fake.endpoint)
+    download_fineweb(tmp_path, 1)
     fake.requests.clear()
-    got = download_fineweb(tmp_path, 2, fake.endpoint)
+    got = download_fineweb(tmp_path, 2)
     assert len(got.train) == 2
     assert fake.requests == [("fineweb_train_000001.bin", None)]
 
 
 def test_cut_connection_is_resumed_at_the_byte(fake: FakeHub, tmp_path: Path) -> None:
     fake.faults["cut"] = 5000
-    got = download_fineweb(tmp_path, 1, fake.endpoint)
+    got = download_fineweb(tmp_path, 1)
     assert ("fineweb_val_000000.bin", "bytes=5000-") in fake.requests
     assert got.validation[0].read_bytes() == fake.files[f"{SHARD_FOLDER}/fineweb_val_000000.bin"]
 
@@ -167,7 +167,7 @@ def test_part_of_a_killed_process_is_continued(fake: FakeHub, tmp_path: Path) ->
     content = fake.files[f"{SHARD_FOLDER}/fineweb_val_000000.bin"]
     part = tmp_path / f"fineweb_val_000000.bin.{hashlib.sha256(content).hexdigest()[:12]}.part"
     part.write_bytes(content[:7777])
-    got = download_fineweb(tmp_path, 1, fake.endpoint)
+    got = download_fineweb(tmp_path, 1)
     assert ("fineweb_val_000000.bin", "bytes=7777-") in fake.requests
     assert got.validation[0].read_bytes() == content
 
@@ -177,67 +177,66 @@ def test_damaged_part_is_replaced(fake: FakeHub, tmp_path: Path) -> None:
     part = tmp_path / f"fineweb_val_000000.bin.{hashlib.sha256(content).hexdigest()[:12]}.part"
     for damage in (b"\0" * 7777, content + b"too long"):
         part.write_bytes(damage)
-        got = download_fineweb(tmp_path, 1, fake.endpoint)
+        got = download_fineweb(tmp_path, 1)
         assert got.validation[0].read_bytes() == content
         got.validation[0].unlink()
 
 
 def test_server_without_ranges(fake: FakeHub, tmp_path: Path) -> None:
     fake.faults |= {"cut": 5000, "ignore_range": True}
-    got = download_fineweb(tmp_path, 1, fake.endpoint)
+    got = download_fineweb(tmp_path, 1)
     assert got.validation[0].read_bytes() == fake.files[f"{SHARD_FOLDER}/fineweb_val_000000.bin"]
 
 
 def test_wrong_checksum_is_named_and_removed(fake: FakeHub, tmp_path: Path) -> None:
     fake.faults["corrupt"] = True
     with pytest.raises(DataError, match=r"fineweb_val_000000.bin: .* do not have the checksum"):
-        download_fineweb(tmp_path, 1, fake.endpoint)
+        download_fineweb(tmp_path, 1)
     assert not list(tmp_path.glob("*.bin")) and _leftovers(tmp_path) == []
     del fake.faults["corrupt"]
-    assert download_fineweb(tmp_path, 1, fake.endpoint).validation[0].is_file()
+    assert download_fineweb(tmp_path, 1).validation[0].is_file()
 
 
 def test_file_damaged_on_disk_is_fetched_again(fake: FakeHub, tmp_path: Path) -> None:
-    got = download_fineweb(tmp_path, 1, fake.endpoint)
+    got = download_fineweb(tmp_path, 1)
     got.train[0].write_bytes(got.train[0].read_bytes()[:-1])
-    again = download_fineweb(tmp_path, 1, fake.endpoint)
+    again = download_fineweb(tmp_path, 1)
     assert again.train[0].read_bytes() == fake.files[f"{SHARD_FOLDER}/fineweb_train_000000.bin"]
 
 
 def test_connection_that_brings_nothing_ends_with_a_message_and_keeps_bytes(fake: FakeHub, tmp_path: Path) -> None:
     fake.faults |= {"cut": 0, "always": True}
     with pytest.raises(DataError, match=r"no connection to the hub: .* stopped at 0 of \d+ bytes"):
-        download_fineweb(tmp_path, 1, fake.endpoint)
+        download_fineweb(tmp_path, 1)
     assert (tmp_path / TOKENIZER_NAME).is_file()
 
 
 def test_refused_and_busy_hub(fake: FakeHub, tmp_path: Path) -> None:
     fake.faults["status"] = 403
     with pytest.raises(DataError, match=r"refuses .*HTTP 403"):
-        download_fineweb(tmp_path, 1, fake.endpoint)
+        download_fineweb(tmp_path, 1)
     fake.faults["status"] = 503
     with pytest.raises(DataError, match="HTTP 503"):
-        download_fineweb(tmp_path, 1, fake.endpoint)
+        download_fineweb(tmp_path, 1)
 
 
 def test_no_hub_at_all(fake: FakeHub, tmp_path: Path) -> None:
     fake.close()
     with pytest.raises(DataError, match=r"no connection to the hub.*data.source: shards"):
-        download_fineweb(tmp_path, 1, fake.endpoint)
+        download_fineweb(tmp_path, 1)
 
 
 def test_more_shards_than_published_and_changed_layout(fake: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"fineweb_train_shards is 3, but .* holds 2"):
-        download_fineweb(tmp_path, 3, fake.endpoint)
+        download_fineweb(tmp_path, 3)
     del fake.files[f"{TOKENIZER_FOLDER}/{TOKENIZER_NAME}"]
     with pytest.raises(DataError, match="layout has changed"):
-        download_fineweb(tmp_path, 1, fake.endpoint)
+        download_fineweb(tmp_path, 1)
 
 
 def test_prepare_downloads_once(
     fake: FakeHub, golfbook_home: Path, monkeypatch: pytest.MonkeyPatch, read_only: Callable[[Path], Any]
 ) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", fake.endpoint)
     config = load_config(overrides={"data": {"source": "fineweb", "max_validation_tokens": 0}})
     dataset = prepare(config)
     assert dataset.info["revision"] == COMMIT

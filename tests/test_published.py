@@ -17,8 +17,15 @@ from safetensors.torch import load_file, save_file
 from golfbook.config.load import load_config
 from golfbook.errors import CheckpointError, ConfigError
 from golfbook.model.gpt import GPT, initialise
-from golfbook.published.checkpoints import ARGUMENTS, bank, read_state, system_name, unbank
-from golfbook.train.checkpoints import load_published, published_state
+from golfbook.published.checkpoints import (
+    ARGUMENTS,
+    bank,
+    load_published,
+    published_state,
+    read_state,
+    system_name,
+    unbank,
+)
 from reference import fill_hashed, hashed_batch
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -71,7 +71,6 @@ class Artifact:
     quantized: dict[str, QuantizedTensor]
     tokenizer_sha256: str
     train_window: int
-    header: dict[str, Any]
     bytes: int
     sha256: str
 
@@ -158,7 +157,6 @@ def read_artifact(path: str | Path) -> Artifact:
         quantized=quantized,
         tokenizer_sha256=header.tokenizer,
         train_window=header.window,
-        header=header.model_dump(mode="json"),
         bytes=len(data),
         sha256=sha256_bytes(data),
     )

@@ -59,11 +59,11 @@ class FineWeb:
     revision: str  # commit of the hub's repository
 
 
-def download_fineweb(folder: str | Path, train_shards: int, endpoint: str | None = None) -> FineWeb:
+def download_fineweb(folder: str | Path, train_shards: int) -> FineWeb:
     """Make sure the tokenizer, all validation shards and the first ``train_shards`` training shards lie in ``folder``.
 
-    Once they do, it needs no connection and writes nothing, so that a read-only folder is of use. ``endpoint`` is the
-    hub's address (default: ``HF_ENDPOINT``, else the public hub).
+    Once they do, it needs no connection and writes nothing, so that a read-only folder is of use. ``HF_ENDPOINT``
+    is the hub's address (default: the public hub).
     Raises :class:`DataError` without a connection, for a wrong checksum, and when fewer shards are published.
     """
     folder = Path(folder)
@@ -73,18 +73,18 @@ def download_fineweb(folder: str | Path, train_shards: int, endpoint: str | None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            return _complete(folder, train_shards) or _download(folder, train_shards, endpoint)
+            return _complete(folder, train_shards) or _download(folder, train_shards)
     except OSError as error:
         raise DataError(f"cannot write {folder}: {error.strerror or error}; check space and permissions") from None
 
 
-def list_files(endpoint: str | None = None) -> tuple[str, list[RemoteFile]]:
+def list_files() -> tuple[str, list[RemoteFile]]:
     """Ask for the repository's commit, shards and tokenizer files. Raises :class:`DataError` without a connection."""
     from huggingface_hub import HfApi  # slow to import, and only this source needs it
     from huggingface_hub.hf_api import RepoFile
 
     try:
-        api = HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"), token=False)
+        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=False)
         revision = str(api.dataset_info(REPOSITORY, timeout=TIMEOUT).sha)
         found = []
         for part in (SHARD_FOLDER, TOKENIZER_FOLDER):
@@ -100,7 +100,7 @@ def list_files(endpoint: str | None = None) -> tuple[str, list[RemoteFile]]:
     return revision, found
 
 
-def fetch(url: str, target: Path, file: RemoteFile, progress: Any = None) -> None:
+def fetch(url: str, target: Path, file: RemoteFile, progress: Any) -> None:
     """Download ``file`` from ``url`` to ``target``, going on with an earlier ``.part`` file, and verify it.
 
     ``progress`` has tqdm's ``update``. Raises :class:`DataError` when the server stops answering or sends wrong bytes.
@@ -133,11 +133,11 @@ def _complete(folder: Path, train_shards: int) -> FineWeb | None:
         return None
 
 
-def _download(folder: Path, train_shards: int, endpoint: str | None) -> FineWeb:
+def _download(folder: Path, train_shards: int) -> FineWeb:
     from huggingface_hub import hf_hub_url
     from tqdm.auto import tqdm
 
-    revision, listed = list_files(endpoint)
+    revision, listed = list_files()
     files = {file.name: file for file in listed}
     names = _needed(list(files), train_shards)
     note: dict[str, Any] = {"repository": REPOSITORY, "revision": revision, "listed": sorted(files), "files": {}}
@@ -155,13 +155,8 @@ def _download(folder: Path, train_shards: int, endpoint: str | None) -> FineWeb:
             if target.is_file() and _matches(target, file):
                 bar.update(file.size)
             else:
-                url = hf_hub_url(
-                    REPOSITORY,
-                    file.path,
-                    repo_type="dataset",
-                    revision=revision,
-                    endpoint=endpoint or os.environ.get("HF_ENDPOINT"),
-                )
+                hub = os.environ.get("HF_ENDPOINT")
+                url = hf_hub_url(REPOSITORY, file.path, repo_type="dataset", revision=revision, endpoint=hub)
                 fetch(url, target, file, bar)
             note["files"][name] = {"bytes": file.size, "sha256": file.sha256, "blob_id": file.blob_id}
     atomic_write_json(folder / "source.json", note)
@@ -199,8 +194,7 @@ def _transfer(url: str, part: Path, file: RemoteFile, progress: Any) -> bool:
     if had > file.size:
         part.unlink()
         had = 0
-    if progress is not None:
-        progress.update(had)
+    progress.update(had)
     done, fruitless, reason = had, 0, "the connection was cut"
     while done < file.size:
         request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
@@ -214,8 +208,7 @@ def _transfer(url: str, part: Path, file: RemoteFile, progress: Any) -> bool:
                     while done < file.size and (chunk := answer.read(min(CHUNK, file.size - done))):
                         stream.write(chunk)
                         done += len(chunk)
-                        if progress is not None:
-                            progress.update(len(chunk))
+                        progress.update(len(chunk))
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 429):
                 raise DataError(f"the hub refuses {url}: HTTP {error.code} {error.reason}") from None

@@ -1,8 +1,8 @@
 """Checkpoints of a training run: one safetensors file with weights, their average, optimiser state and position.
 
-Nothing is pickled, so a checkpoint from elsewhere can be opened safely; those of the published systems come through
-:func:`load_published`. Tensor names: ``model/<parameter>``, ``average/<kind>/<parameter>``, ``muon/<parameter>``,
-``adam/<parameter>/<moment>``; scalars travel as JSON in the metadata.
+Nothing is pickled, so a checkpoint from elsewhere can be opened safely; those of the published systems are read
+by :mod:`golfbook.published.checkpoints`. Tensor names: ``model/<parameter>``, ``average/<kind>/<parameter>``,
+``muon/<parameter>``, ``adam/<parameter>/<moment>``; scalars travel as JSON in the metadata.
 """
 
 from __future__ import annotations
@@ -21,13 +21,8 @@ from torch import Tensor, nn
 from golfbook.errors import CheckpointError
 from golfbook.files import atomic_path
 from golfbook.model.gpt import GPT
-from golfbook.published.checkpoints import load_published, published_state
 from golfbook.run import Run
 from golfbook.train.averaging import WeightAverage
-
-__all__ = [
-    "load_checkpoint", "load_model", "load_published", "published_state", "read_progress", "save_checkpoint",
-]  # fmt: skip
 
 Optimizers = Mapping[str, torch.optim.Optimizer]
 

@@ -250,7 +250,8 @@ class Trainer:
         final = self.validate(self.model)
         if self.rank:
             return
-        train, data = self.config.train, self.dataset
+        data, tokens = self.dataset, self.step * self.config.train.batch_tokens
+        speed = tokens / max(self.train_seconds, 1e-9)
         self.run.write_result(
             "training",
             {
@@ -258,15 +259,15 @@ class Trainer:
                 "steps": self.step,
                 "train_loss": self.last_loss,
                 "train_seconds": self.train_seconds,
-                "tokens_seen": self.step * train.batch_tokens,
-                "tokens_per_second": self.step * train.batch_tokens / max(self.train_seconds, 1e-9),
+                "tokens_seen": tokens,
+                "tokens_per_second": speed,
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "weights": self.average.name,
                 "precision": self.take_step.precision,
                 "products": self.chosen.products,
                 "attention": self.take_step.attention,
                 "device": str(self.device),
-                "mfu": self.step * train.batch_tokens / max(self.train_seconds, 1e-9) / self.possible_tokens_per_second,
+                "mfu": speed / self.possible_tokens_per_second,
                 "compiled": self.take_step.compiled,
                 "warmup_seconds": self.take_step.warmup_seconds,
                 "recompilations": compiled_graphs() - self.graphs if self.take_step.compiled else 0,
