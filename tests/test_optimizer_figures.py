@@ -107,7 +107,7 @@ def test_animation_moves_up_to_the_curve_and_across_and_is_small() -> None:
     sizes = optimizers.direction_sizes(matrix, 5)
     series = {"quintic": (sizes, muon.iteration_coefficients(5))}
     for moment, x, y in ((0, 0, 0), (0.5, 0, 1), (1, 1, 1), (1.5, 1, 2), (5, 5, 5)):
-        (axes,) = optimizer_plots.newton_schulz_moment(series, moment).axes
+        (axes,) = optimizer_plots.newton_schulz_moment(series, moment, title="t").axes
         found = axes.collections[0].get_offsets()
         assert np.allclose(found, np.stack([sizes[x], sizes[y]], axis=1)), moment
         assert f"{int(moment)} of 5 steps" in axes.get_title(loc="left")
