@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from golfbook.config.architecture import ModelConfig
 from golfbook.config.load import load_config
+from golfbook.model.component import facts_of
 from golfbook.model.gpt import GPT, exported, exported_state, initialise, parameter_table
 from golfbook.model.kernels import normed_heads, rms_norm
 from golfbook.model.layers import BigramHash, SmearGate, rope_tables
@@ -286,3 +287,11 @@ def test_initial_weights_depend_on_the_seed_only():
     assert loss.item() == pytest.approx(np.log(1024), abs=0.05)
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_parameter_that_no_component_speaks_for_is_named():
+    model = GPT(model_config(num_layers=2, xsa=1))
+    assert list(facts_of(model)) == [name for name, _ in model.named_parameters()]
+    model.blocks[0].mlp.extra = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.mlp\.extra"):
+        facts_of(model)

@@ -50,7 +50,7 @@ class Component(nn.Module):
 
     def facts(self) -> dict[str, Facts]:
         """Return the facts of every parameter that is not another component's, by its name below this module."""
-        raise NotImplementedError(f"{type(self).__name__} has parameters and no facts")
+        return {}
 
     def work(self, length: int, pairs: int, training: bool) -> Iterable[Work]:
         """Return what this module computes for one sequence of ``length`` tokens, other components left out.
@@ -64,7 +64,7 @@ class Component(nn.Module):
 def facts_of(model: nn.Module) -> dict[str, Facts]:
     """Return the facts of all parameters of ``model`` by full name, in the model's order.
 
-    Raises NotImplementedError naming the parameters that no component speaks for.
+    Raises RuntimeError naming the parameters that no component speaks for.
     """
     said: dict[str, Facts] = {}
     for prefix, module in model.named_modules():
@@ -72,7 +72,9 @@ def facts_of(model: nn.Module) -> dict[str, Facts]:
             said |= {f"{prefix}.{name}".removeprefix("."): facts for name, facts in module.facts().items()}
     names = [name for name, _ in model.named_parameters()]
     if set(said) != set(names):
-        raise NotImplementedError(f"facts and parameters differ: {', '.join(sorted(set(said) ^ set(names)))}")
+        raise RuntimeError(
+            f"no component speaks for these parameters, or there are none: {', '.join(sorted(set(said) ^ set(names)))}"
+        )
     return {name: said[name] for name in names}
 
 

@@ -44,7 +44,7 @@ class Refiner(Component):
     @classmethod
     def wanted(cls, config: ModelConfig) -> bool:
         """Return whether a model of this configuration has it."""
-        raise NotImplementedError
+        return True
 
     def auxiliary_loss(self, x: Tensor) -> Tensor | None:
         """Return the weighted loss of its own at states ``x`` (B, T, D) before refinement, a scalar; None: has none."""
