@@ -1,4 +1,4 @@
-"""The artifact: a whole quantised model in one small file that is safe to read, and its place in the byte budget.
+"""The artifact: a whole quantised model in one small file that is safe to read.
 
 Layout (integers little-endian): magic ``GOLF``, version u16, name of the coder (8 bytes, zeros after it), header length
 u32, raw length u32, stream length u32, SHA-256 of all the rest (32 bytes), then the coded stream. It holds a JSON

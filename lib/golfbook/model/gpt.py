@@ -1,4 +1,4 @@
-"""The one model definition: a GPT assembled from :class:`golfbook.config.load.ModelConfig`.
+"""The one model definition: a GPT assembled from :class:`golfbook.config.architecture.ModelConfig`.
 
 Training, quantisation, scoring and adaptation all use this class, so they cannot drift apart. State-dict names are the
 published systems' export names (one matrix a tensor, PR 1166 section 13), in the published order.

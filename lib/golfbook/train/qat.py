@@ -21,19 +21,24 @@ from torch import Tensor, nn
 
 from golfbook.compress.quantizer import dequantize, quantize, stored_as
 from golfbook.config.schema import QuantizeConfig
-from golfbook.model.component import facts_of
+from golfbook.model.component import Storage, facts_of
 
 PUBLISHED_TARGETS = ("bigram.proj.weight", "ve_shared.proj.weight")
 
 
 def quantized_names(model: nn.Module, config: QuantizeConfig) -> list[str]:
     """Return the parameters of ``model`` that the exporter stores as integers, in the model's order."""
+    return list(_quantized_storage(model, config))
+
+
+def _quantized_storage(model: nn.Module, config: QuantizeConfig) -> dict[str, Storage]:
+    """Return what each parameter of :func:`quantized_names` is stored as."""
     facts = facts_of(model)
-    return [
-        name
+    return {
+        name: facts[name].storage
         for name, parameter in model.named_parameters()
         if stored_as(facts[name].storage, parameter.numel(), config)[0] == "int" and not facts[name].training_only
-    ]
+    }
 
 
 @contextmanager
@@ -45,11 +50,10 @@ def fake_quantized(model: nn.Module, config: QuantizeConfig) -> Iterator[list[st
     be quantised.
     """
     parameters = dict(model.named_parameters())
-    names = quantized_names(model, config)
-    storage = {name: facts.storage for name, facts in facts_of(model).items()}
-    values = dequantize(quantize({name: parameters[name] for name in names}, storage, config))
+    storage = _quantized_storage(model, config)
+    values = dequantize(quantize({name: parameters[name] for name in storage}, storage, config))
     with _substituted(parameters, values):
-        yield names
+        yield list(storage)
 
 
 @contextmanager
