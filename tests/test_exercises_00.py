@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from golfbook.exercises.check import judge
 from golfbook.exercises.tour import EXERCISES
+from judged import right_and_open, wrong_because
 
 LN2 = np.log(2)
 
@@ -44,14 +44,9 @@ WRONG: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_the_right_answer_is_right_and_no_answer_is_open(name: str) -> None:
-    for _ in range(5):  # other inputs are drawn each time
-        verdict = judge(name, RIGHT[name])
-        assert verdict.state == "right", verdict.reason
-    assert judge(name, ...).state == "open"
+    right_and_open(name, RIGHT[name], times=5)
 
 
 @pytest.mark.parametrize(("name", "answer", "reason"), WRONG)
 def test_a_likely_mistake_is_named(name: str, answer: Any, reason: str) -> None:
-    for _ in range(5):
-        verdict = judge(name, answer)
-        assert verdict.state == "wrong" and reason in verdict.reason, verdict
+    wrong_because(name, answer, reason, times=5)

@@ -13,6 +13,7 @@ from torch import Tensor
 from golfbook.exercises.check import judge
 from golfbook.exercises.training import EXERCISES
 from golfbook.train.muon import QUINTIC
+from judged import right_and_open, wrong_because
 
 
 def iterate(x: Tensor) -> Tensor:
@@ -69,11 +70,9 @@ def test_open_until_answered(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "answer"), [(name, answer) for name in RIGHT for answer in RIGHT[name]])
 def test_right_answers_are_right(name: str, answer: Any) -> None:
-    verdict = judge(name, answer)
-    assert verdict.state == "right" and verdict.reason
+    right_and_open(name, answer)
 
 
 @pytest.mark.parametrize(("name", "answer", "words"), WRONG, ids=[f"{name}-{words}" for name, _, words in WRONG])
 def test_wrong_answers_name_the_mistake(name: str, answer: Any, words: str) -> None:
-    verdict = judge(name, answer)
-    assert verdict.state == "wrong" and words in verdict.reason
+    wrong_because(name, answer, words)

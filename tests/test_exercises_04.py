@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from golfbook.exercises.check import exercises, judge
+from judged import right_and_open, wrong_because
 
 
 def row(values: np.ndarray, bits: int, *, half: bool = True, levels: int = -1, zero: bool = True) -> tuple[Any, Any]:
@@ -49,16 +50,12 @@ def test_every_exercise_has_a_right_answer_here() -> None:
 @pytest.mark.parametrize("name", RIGHT)
 @pytest.mark.parametrize("again", range(3))
 def test_right_and_open(name: str, again: int) -> None:
-    verdict = judge(name, RIGHT[name])
-    assert verdict.state == "right", verdict.reason
-    assert judge(name, ...).state == "open"
+    right_and_open(name, RIGHT[name])
 
 
 @pytest.mark.parametrize("mistake", WRONG)
 def test_misconceptions_are_named(mistake: str) -> None:
-    name, answer, reason = WRONG[mistake]
-    verdict = judge(name, answer)
-    assert verdict.state == "wrong" and reason in verdict.reason, verdict
+    wrong_because(*WRONG[mistake])
 
 
 def test_the_reasons_state_what_was_found() -> None:

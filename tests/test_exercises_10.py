@@ -11,6 +11,7 @@ from scipy import stats
 
 from golfbook.analysis.statistics import describe, power
 from golfbook.exercises.check import exercises, judge
+from judged import right_and_open, wrong_because
 
 
 def paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
@@ -59,17 +60,13 @@ def test_every_exercise_has_a_right_answer_here() -> None:
 @pytest.mark.parametrize("name", RIGHT)
 @pytest.mark.parametrize("again", range(3))
 def test_right_and_open(name: str, again: int) -> None:
-    verdict = judge(name, RIGHT[name])
-    assert verdict.state == "right", verdict.reason
-    assert judge(name, ...).state == "open"
+    right_and_open(name, RIGHT[name])
 
 
 @pytest.mark.parametrize("mistake", WRONG)
 @pytest.mark.parametrize("again", range(3))
 def test_misconceptions_are_named(mistake: str, again: int) -> None:
-    name, answer, reason = WRONG[mistake]
-    verdict = judge(name, answer)
-    assert verdict.state == "wrong" and reason in verdict.reason, verdict
+    wrong_because(*WRONG[mistake])
 
 
 def test_the_simulation_agrees_with_the_formula() -> None:

@@ -225,13 +225,18 @@ def test_finished_stages_are_shown_and_not_repeated(home: Path, scored: tuple[nb
     assert list_runs("elsewhere") == []
 
 
-def test_training_without_the_tables_of_its_study_says_how_to_make_them(
-    home: Path, scored: tuple[nbformat.NotebookNode, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def without_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project that has no results of our own in ``runs/reference``."""
     for part in ("notebooks", "papermill_jobs", "runs/published"):
         (tmp_path / part).parent.mkdir(exist_ok=True)
         (tmp_path / part).symlink_to(FOLDER.parent / part)
     monkeypatch.setenv("GOLFBOOK_ROOT", str(tmp_path))
+
+
+def test_training_without_the_tables_of_its_study_says_how_to_make_them(
+    home: Path, scored: tuple[nbformat.NotebookNode, Run], without_reference: None
+) -> None:
     notebook = execute(home, "03_training", run_dir=str(scored[1].path))
     printed = json.dumps(notebook.cells)
     assert "golfbook run papermill_jobs/training.yaml; golfbook collect training --reference" in printed
@@ -284,12 +289,8 @@ def test_what_only_training_uses_does_not_stop_the_later_notebooks(home: Path) -
 
 
 def test_quantization_without_its_reference_study_says_how_to_make_it(
-    home: Path, scored: tuple[nbformat.NotebookNode, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, scored: tuple[nbformat.NotebookNode, Run], without_reference: None
 ) -> None:
-    for part in ("notebooks", "papermill_jobs", "runs/published"):
-        (tmp_path / part).parent.mkdir(exist_ok=True)
-        (tmp_path / part).symlink_to(FOLDER.parent / part)
-    monkeypatch.setenv("GOLFBOOK_ROOT", str(tmp_path))
     notebook = execute(home, "04_quantization", run_dir=str(scored[1].path))
     printed = json.dumps([cell.get("outputs") for cell in notebook.cells])
     assert "make it: golfbook run papermill_jobs/quantization.yaml" in printed
