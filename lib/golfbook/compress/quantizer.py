@@ -13,13 +13,15 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from golfbook.compress.trellis import points
 from golfbook.config.schema import QuantizeConfig
 from golfbook.config.tables import QUANTIZERS, named
 from golfbook.errors import RunError
 from golfbook.model.component import Storage
 
-Kind = Literal["int", "float16", "float32"]
+Kind = Literal["int", "step", "float16", "float32"]
 Statistics = Mapping[str, Mapping[str, Tensor]]  # tensor -> what was measured on training text, by name
+QUARTERS = torch.tensor([1.0, 1.1892071, 1.4142135, 1.6817929])  # 2^(k/4) in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +30,11 @@ class QuantizedTensor:
 
     ``kind`` "int": ``q`` is int8 of the tensor's shape with values of ``bits`` bits, and ``scale`` is float16 (rows,)
     for a matrix, 0-D float16 or float32 otherwise. Other kinds: ``value`` holds the tensor in that dtype.
+
+    ``kind`` "step", where an entropy coder spends the bits: ``q`` is int16 of a matrix's shape, ``bits`` is 0, and the
+    step of entry (i, j) is ``scale * 2^((rows[i] + columns[j]) / 4)`` with ``scale`` 0-D float16 and ``rows`` and
+    ``columns`` uint8 or None for zeros. ``states`` counts the states of the trellis along each row; 1: there is none,
+    and values are whole multiples of the step (:mod:`golfbook.compress.trellis` says what they are otherwise).
     """
 
     name: str
@@ -36,6 +43,9 @@ class QuantizedTensor:
     q: Tensor | None = None
     scale: Tensor | None = None
     value: Tensor | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    states: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,8 +57,20 @@ class QuantizedTensor:
         if self.q is None or self.scale is None:
             assert self.value is not None
             return self.value.to(torch.float32, copy=True)
+        if self.kind == "step":
+            return (self.q if self.states == 1 else points(self.q, self.states) / 2) * self.steps()
         scale = self.scale.float()
         return self.q.float() * (scale[:, None] if scale.ndim else scale)
+
+    def steps(self) -> Tensor:
+        """Return the steps of a tensor of kind "step", float32 that broadcasts to its shape; exact on any machine."""
+        assert self.scale is not None
+        logs = torch.zeros((1, 1), dtype=torch.int32)
+        if self.rows is not None:
+            logs = logs + self.rows.int()[:, None]
+        if self.columns is not None:
+            logs = logs + self.columns.int()
+        return self.scale.float() * torch.ldexp(QUARTERS[logs % 4], logs // 4)
 
 
 class Quantizer(Protocol):

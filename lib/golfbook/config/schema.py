@@ -159,6 +159,41 @@ class MachineConfig(Section):
     checkpoint_every: NonNegative = Field(1000, description="steps between checkpoints; 0: only at the end")
 
 
+class CalibrationConfig(Section):
+    """The text on which a quantiser measures what the model's inputs and gradients look like; never validation text."""
+
+    source: Literal["training", "generated", "random"] = Field(
+        "training", description="windows of training documents, text that the model writes, or uniform token ids"
+    )
+    sequences: Positive = Field(64, description="windows of train.sequence_length tokens")
+    temperature: Annotated[float, Field(gt=0)] = Field(0.8, description="of generated text (PR 1406's relative: 0.8)")
+    recurrence: bool = Field(
+        True, description="count second passes of recurrent blocks; off: as PR 1406, which forgot them"
+    )
+
+
+class RateConfig(Section):
+    """The quantiser that spends bits where the loss needs them (quantizer: rate_distortion)."""
+
+    rule: Literal[
+        "row_maximum", "percentiles", "k_sigma", "equal", "tensor", "row", "column", "tensor+row", "tensor+column",
+        "row+column", "all",
+    ] = Field(
+        "all",
+        description="what steps follow: row maximum, row quantile, row deviation (the records), nothing, or the loss: "
+        "by tensor, row, column; all three: equal slope everywhere",
+    )  # fmt: skip
+    bits: Annotated[float, Field(ge=0.5, le=12)] = Field(
+        3.5, description="entropy of the integers, in bits a weight, that the common step is chosen for"
+    )
+    states: Literal[1, 4, 8, 16, 32, 64, 128, 256] = Field(8, description="of the trellis; 1: plain rounding")
+    feedback: bool = Field(True, description="let later columns make up for the error of earlier ones (GPTQ)")
+    damping: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.01, description="share of its mean diagonal that is added to each Gram matrix"
+    )
+    rate_weight: Rate = Field(0.0, description="prefer integers that cost fewer bits; 1: by the slope of the loss")
+
+
 class QuantizeConfig(Section):
     """Post-training quantisation and the coder of the artifact (PR 1166 section 17)."""
 
@@ -167,13 +202,24 @@ class QuantizeConfig(Section):
     other_bits: Annotated[int, Field(ge=3, le=8)] = Field(8, description="embedding tables and other large matrices")
     quantizer: str = Field(
         "percentiles",
-        description="percentiles: try five clips a matrix (PR 1166); row_maximum: no clip (PR 1170, 1232)",
+        description="percentiles: try five clips a matrix (PR 1166); row_maximum: no clip (PR 1170, 1232); gptq: five "
+        "clips with error feedback (PR 1406); rate_distortion: settings in quantize.rate",
     )
     scale_floor: bool = Field(
         True, description="published rule: no row scale below 1/qmax; off: the scale the row needs"
     )
     passthrough_numel: NonNegative = Field(65536, description="tensors up to this size are stored as float16")
-    coder: str = Field("xz", description="what compresses the artifact: xz (PR 1166, 1406) or zstd (PR 1170, 1232)")
+    rate: RateConfig = RateConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    fit: Literal["none", "ladder", "prune", "solve"] = Field(
+        "none",
+        description="what is done where the artifact is over budget: nothing; layers to 5 bits, one after the other "
+        "(PR 1170, 1232); small integers to zero (PR 1406); solve, for rate_distortion: the step that just fills it",
+    )
+    coder: str = Field(
+        "xz",
+        description="what compresses the artifact: xz (PR 1166, 1406), zstd (PR 1170, 1232), brotli, zlib, entropy",
+    )
     coder_level: Annotated[int, Field(ge=0, le=22)] = Field(6, description="effort of the coder; xz: at most 9")
 
     @model_validator(mode="after")
@@ -185,7 +231,34 @@ class QuantizeConfig(Section):
             raise ValueError(str(error)) from None
         if self.coder == "xz" and self.coder_level > 9:
             raise ValueError(f"quantize.coder_level {self.coder_level} is more than the 9 that xz has")
+        self._check_effects()
         return self
+
+    def _check_effects(self) -> None:
+        """Refuse settings that would change nothing."""
+        default, rate = QuantizeConfig.model_fields, self.quantizer == "rate_distortion"
+        if self.rate != RateConfig() and not rate:
+            raise ValueError(f"quantize.rate has no effect with quantize.quantizer '{self.quantizer}'")
+        if rate and (self.matrix_bits, self.mlp_bits, self.other_bits) != tuple(
+            default[name].default for name in ("matrix_bits", "mlp_bits", "other_bits")
+        ):
+            raise ValueError(
+                "quantize.matrix_bits, mlp_bits and other_bits have no effect with rate_distortion: rate.bits"
+            )
+        if self.calibration != CalibrationConfig() and not self.calibrated:
+            raise ValueError("quantize.calibration has no effect: this quantiser looks at weights alone")
+        if self.calibration.source != "generated" and self.calibration.temperature != CalibrationConfig().temperature:
+            raise ValueError("quantize.calibration.temperature has no effect unless calibration.source is 'generated'")
+        fits = {"percentiles": ("none",), "row_maximum": ("none", "ladder"), "gptq": ("none", "prune")}
+        if self.fit not in fits.get(self.quantizer, ("none", "solve")):
+            raise ValueError(f"quantize.fit '{self.fit}' is not made for quantize.quantizer '{self.quantizer}'")
+
+    @property
+    def calibrated(self) -> bool:
+        """Return whether the quantiser needs statistics of a text."""
+        weights_alone = self.rate.rule in ("row_maximum", "percentiles", "k_sigma", "equal")
+        rate = self.quantizer == "rate_distortion" and (self.rate.feedback or not weights_alone)
+        return rate or self.quantizer == "gptq"
 
 
 class ScoreConfig(Section):
