@@ -250,6 +250,12 @@ def kernel_of(command: subprocess.Popen[str], stage: str, variant: str) -> psuti
     return None
 
 
+def command_line(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
+        return process.cmdline()
+    return []
+
+
 def gone(processes: list[psutil.Process]) -> None:
     for process in processes:
         wait_for(
@@ -268,7 +274,7 @@ def test_a_job_killed_in_training_and_in_quantization_ends_with_the_same_numbers
     command = home.start("run", "job.yaml")
     launcher, worker = stop_after_first_checkpoint(home, "skips")
     below = [p for p in psutil.Process(command.pid).children(recursive=True) if p not in (launcher, worker)]
-    attached = [p for p in below if any(x in ("golfbook.study.notebook", "ipykernel_launcher") for x in p.cmdline())]
+    attached = [p for p in below if {"golfbook.study.notebook", "ipykernel_launcher"} & set(command_line(p))]
     assert len(attached) == 4, "two stage processes and their kernels"
     kill(command.pid)
     command.wait()

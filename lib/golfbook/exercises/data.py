@@ -123,9 +123,9 @@ def pair_counts(answer: Callable[[Array, int], Array]) -> str:
         raise Misconception("a pair that training never saw is impossible there; the first in the text has no end")
     cost = bits_per_byte(-np.log(table[scored[:-1], scored[1:]]), len(scored))
     unigram = unigram_bits_per_byte(scored, len(scored))
+    if bits_per_byte(-np.log(table[scored[1:], scored[:-1]]), len(scored)) < min(cost, unigram):
+        raise Misconception("rows and columns are exchanged: it gives the piece before, and not the one after")
     if cost >= unigram:
-        if bits_per_byte(-np.log(table[scored[1:], scored[:-1]]), len(scored)) < unigram:
-            raise Misconception("rows and columns are exchanged: it gives the piece before, and not the one after")
         raise Misconception(f"pairs cost {cost:.3f} bits and frequencies alone {unigram:.3f}; do they count pairs?")
     return f"rows add up to 1, nothing is impossible, and {cost:.2f} bits lie below the {unigram:.2f} of frequencies"
 
