@@ -187,7 +187,9 @@ class RateConfig(Section):
         3.5, description="entropy of the integers, in bits a weight, that the common step is chosen for"
     )
     states: Literal[1, 4, 8, 16, 32, 64, 128, 256] = Field(8, description="of the trellis; 1: plain rounding")
-    feedback: bool = Field(True, description="let later columns make up for the error of earlier ones (GPTQ)")
+    feedback: Literal["none", "columns", "both"] = Field(
+        "columns", description="what makes up for errors: later columns (GPTQ), or later rows as well"
+    )
     damping: Annotated[float, Field(gt=0, le=1)] = Field(
         0.01, description="share of its mean diagonal that is added to each Gram matrix"
     )
@@ -257,7 +259,7 @@ class QuantizeConfig(Section):
     def calibrated(self) -> bool:
         """Return whether the quantiser needs statistics of a text."""
         weights_alone = self.rate.rule in ("row_maximum", "percentiles", "k_sigma", "equal")
-        rate = self.quantizer == "rate_distortion" and (self.rate.feedback or not weights_alone)
+        rate = self.quantizer == "rate_distortion" and (self.rate.feedback != "none" or not weights_alone)
         return rate or self.quantizer == "gptq"
 
 
