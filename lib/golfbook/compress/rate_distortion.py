@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ FAR = 32  # quarter octaves: no row's or column's step is further from the media
 # What a bit is worth where the loss falls as 4^-bits: 2 ln 2 times the error step^2 / 12, in squares of half a step.
 SLOPE = 2 * math.log(2) / 12 * 4
 ROW_BLOCKS = 8
-SAMPLE = 2**17  # weights on which the common step is sought
+SAMPLE = 2**19  # weights on which the common step is sought
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +68,15 @@ class Relief:
         return QuantizedTensor("", "step", 0, q=empty, scale=half, rows=logs[0], columns=logs[1])
 
 
-    def part(self, every: int) -> Relief:
-        """Return a sample, every n-th row."""
-        rows = None if self.rows is None else self.rows[::every]
-        return replace(self, weight=self.weight[::every], rows=rows)
+    def scaled(self, every: int) -> tuple[Tensor, Tensor]:
+        """Return every n-th row's weights over their steps at s0 = 1, flat, and log2 of what they deviate by."""
+        steps = torch.full((1, 1), self.overall)
+        steps = steps if self.rows is None else steps * self.rows[::every, None].float()
+        steps = steps if self.columns is None else steps * self.columns.float()
+        squares = self.weight.square()
+        spread = squares.mean(dim=1)[::every, None] * squares.mean(dim=0) / squares.mean().clamp_min(1e-30)
+        deviations = spread.clamp_min(1e-30).log2() / 2 - steps.log2()
+        return (self.weight[::every] / steps).flatten(), deviations.expand_as(self.weight[::every]).flatten()
 
 
 def rate_distortion(
@@ -130,9 +135,9 @@ def relief(name: str, weight: Tensor, storage: Storage, known: Mapping[str, Tens
                 f"statistics of tensor '{name}' are of a matrix ({len(sensitivity)}, {len(gram)}), it has shape "
                 f"{tuple(weight.shape)}"
             )
-        factor, mixer = reverse_factor(gram, rate.damping, name), None
+        factor, mixer = reverse_factor(gram, rate.damping, name=name), None
         if rate.feedback == "both" and "outputs" in known:
-            mixer = reverse_factor(known["outputs"], rate.damping, name)
+            mixer = reverse_factor(known["outputs"], rate.damping, name=name)
             blocks = [mixer[part, part] for part in row_blocks(len(mixer))]
             sensitivity = torch.cat([block.double().square().sum(dim=0) for block in blocks])
         else:
@@ -168,30 +173,29 @@ def row_blocks(rows: int) -> list[slice]:
 def common_step(reliefs: Mapping[str, Relief], bits: float) -> float:
     """Return the step s0 at which plain rounding spends ``bits`` on a weight in the mean; a trellis spends the same.
 
-    Sought on the rows of a sample, by the entropy under the coder's own classes.
+    Counted is the entropy of integers whose deviation is known to half an octave, on the rows of a sample.
     """
-    weights = sum(relief.weight.numel() for relief in reliefs.values())
-    if not weights:
-        return 1.0
-    every = -(-weights // SAMPLE)
-    sample = [relief.part(every) for relief in reliefs.values()]
-    if not any(bool(relief.weight.any()) for relief in sample):
+    every = -(-sum(relief.weight.numel() for relief in reliefs.values()) // SAMPLE)
+    parts = [relief.scaled(every) for relief in reliefs.values()]
+    if not any(bool(values.any()) for values, _ in parts):
         return 1.0  # all zeros, whatever the step
-    count = sum(relief.weight.numel() for relief in sample)
-    logs = [(relief.weight.square().mean(dim=1).sqrt() / relief.steps(1.0).steps().mean(dim=1)) for relief in sample]
-    step = float(torch.cat(logs).clamp_min(1e-9).log2().mean().exp2()) * 2 ** (2.05 - bits)
+    values, deviations = (torch.cat(column) for column in zip(*parts, strict=True))  # (n,), (n,)
+    step = float(deviations.mean().exp2()) * 2 ** (2.05 - bits)
     for _ in range(12):  # an octave of the step is a bit, or less where zeros prevail
-        found = entropy.estimate_bits([_rounded(relief, step) for relief in sample]) / count
+        found = _entropy((values / step).round(), deviations - math.log2(step))
         if abs(found - bits) < 0.001:
             break
         step *= 2 ** (found - bits)
     return step
 
 
-def _rounded(relief: Relief, common: float) -> QuantizedTensor:
-    stored = relief.steps(common)
-    q = (relief.weight / stored.steps()).round().clamp(-(2**14), 2**14).short()
-    return replace(stored, q=q)
+def _entropy(q: Tensor, deviations: Tensor) -> float:
+    """Return the bits an integer of ``q`` (n,) takes, with one table for each half octave of ``deviations`` (n,)."""
+    contexts = (2 * deviations).round().clamp(-16, 40).long() << 20
+    pairs, counts = (contexts + q.clamp(-(2**18), 2**18).long()).unique(return_counts=True)
+    _, place = ((pairs + 2**19) >> 20).unique(return_inverse=True)
+    totals = torch.zeros(int(place.max()) + 1, dtype=torch.int64).index_add_(0, place, counts)
+    return float((counts * (totals[place] / counts).log2()).sum()) / len(q)
 
 
 def fisher(known: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,100 @@
+"""Fill a byte budget: the finest common step whose artifact fits, known before anything is written.
+
+The artifact's bytes are what the entropy coder's models charge, plus its header; the loss is the quadratic form that
+the steps were chosen by (:mod:`golfbook.compress.rate_distortion`). Both are computed from the integers, so a plan
+costs a quantisation and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from golfbook.compress.entropy import cross_entropy_bits
+from golfbook.compress.quantizer import QuantizedTensor, Statistics
+from golfbook.compress.rate_distortion import Relief, common_step, fisher, quantize_at, survey
+from golfbook.config.schema import QuantizeConfig
+from golfbook.model.component import Storage
+
+FULL = 0.9995  # share of the limit that a plan aims at: the last bytes are not worth another search
+ROUNDS = 5
+LEAST_BITS = 0.25  # a weight: below it there is nothing left to tell
+# Matrices below which size are stored as float16: the setting, and smaller ones.
+SMALL = (4096, 1024, 256)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An artifact that is not written yet: its tensors, its expected bytes and the loss it adds, in nats a token."""
+
+    quantized: dict[str, QuantizedTensor]
+    config: QuantizeConfig
+    bytes: int
+    loss: float
+
+
+def solve(
+    state: Mapping[str, Tensor],
+    storage: Mapping[str, Storage],
+    config: QuantizeConfig,
+    statistics: Statistics,
+    limit: int,
+    overhead: Callable[[Sequence[QuantizedTensor]], int],
+) -> Plan:
+    """Return the plan with the least predicted loss whose artifact has at most ``limit`` bytes.
+
+    ``overhead`` counts the bytes of an artifact that its coder does not, the header above all. What is sought: which
+    small matrices stay float16, by plain rounding; then the common step, with ``config.rate.states``. Where not even
+    zeros fit, the plan is the coarsest that was found, and over the limit.
+    """
+    sizes = sorted({config.passthrough_numel, *(size for size in SMALL if size < config.passthrough_numel)})
+    rounded = config.rate.model_copy(update={"states": 1})
+    tries = [config.model_copy(update={"passthrough_numel": size, "rate": rounded}) for size in sizes]
+    plans = [_filled(state, storage, one, statistics, limit, overhead, rounds=2) for one in tries]
+    best = min(plans, key=lambda plan: (max(plan.bytes - limit, 0) // 64, plan.loss))
+    final = best.config.model_copy(update={"rate": config.rate})
+    return _filled(state, storage, final, statistics, limit, overhead, ROUNDS, best.config.rate.bits)
+
+
+def _filled(
+    state: Mapping[str, Tensor],
+    storage: Mapping[str, Storage],
+    config: QuantizeConfig,
+    statistics: Statistics,
+    limit: int,
+    overhead: Callable[[Sequence[QuantizedTensor]], int],
+    rounds: int,
+    bits: float = 0.0,
+) -> Plan:
+    """Return a plan that fills the limit; ``bits`` a weight are the first guess, 0: none."""
+    reliefs = survey(state, storage, config, statistics)
+    weights = sum(relief.weight.numel() for relief in reliefs.values())
+    bits = bits or max(LEAST_BITS, 8 * limit / max(weights, 1) - 0.3)
+    step, found = common_step(reliefs, bits), list[Plan]()
+    for _ in range(rounds):
+        quantized = quantize_at(step, state, storage, config, reliefs)
+        tensors = [quantized[name] for name in sorted(quantized)]
+        size = round(cross_entropy_bits(tensors) / 8) + overhead(tensors)
+        named = config.model_copy(update={"rate": config.rate.model_copy(update={"bits": round(bits, 4)})})
+        found.append(Plan(quantized, named, size, predicted_loss(quantized, reliefs, statistics)))
+        missing = 8 * (FULL * limit - size) / max(weights, 1)  # bits a weight
+        if 0 <= limit - size <= 2 * (1 - FULL) * limit or bits + missing < LEAST_BITS or not weights:
+            break
+        bits, step = bits + missing, step * 2**-missing
+    fitting = [plan for plan in found if plan.bytes <= limit]
+    return max(fitting, key=lambda plan: plan.bytes) if fitting else min(found, key=lambda plan: plan.bytes)
+
+
+def predicted_loss(
+    quantized: Mapping[str, QuantizedTensor], reliefs: Mapping[str, Relief], statistics: Statistics
+) -> float:
+    """Return the loss in nats a token that errors of the quantised matrices add: ``1/2 sum_i g_i e_i H e_i^T``."""
+    loss = 0.0
+    for name, relief in reliefs.items():
+        if statistics.get(name):
+            rows, gram = fisher(statistics[name])
+            error = (relief.weight - quantized[name].dequantize()).double()
+            loss += 0.5 * float(((error @ gram.double() * error).sum(dim=1) * rows.double()).sum())
+    return loss
