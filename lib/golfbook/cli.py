@@ -1,4 +1,4 @@
-"""The command line: ``golfbook run | status | collect | presets | score | lab``.
+"""The command line: ``golfbook run | status | collect | presets | score | export | lab``.
 
 Commands import what they need when they are called, so that ``golfbook --help`` and a job with nothing to do are quick.
 """
@@ -263,6 +263,29 @@ def score(
         write_json(values)
     else:
         show_pairs(make_console(), _score_text(values))
+
+
+@app.command(epilog="Example: `golfbook export runs/quickstart/RUN --author 'A. Name' --github-id name`")
+def export(
+    folder: Annotated[Path, typer.Argument(help="A run folder whose stages are all done.", metavar="RUN")],
+    to: Annotated[Path | None, typer.Option(help="Folder to write. Default: submission/ in the run folder.")] = None,
+    author: Annotated[str, typer.Option(help="For submission.json.")] = "",
+    github_id: Annotated[str, typer.Option(help="For submission.json.")] = "",
+    name: Annotated[str, typer.Option(help="For submission.json. Default: study, variant and seed.")] = "",
+    blurb: Annotated[str, typer.Option(help="For submission.json. Default: size, preset and windows.")] = "",
+) -> None:
+    """Write a run as a submission to the challenge: one small script, the artifact, and what belongs to them.
+
+    The script holds the library code that trains, exports and scores, minified and compressed, and needs no golfbook.
+    """
+    from golfbook.compress import submission
+    from golfbook.run import open_run
+
+    run = open_run(folder)
+    target = to or run.path / "submission"
+    found = submission.export_submission(run, target, author=author, github_id=github_id, name=name, blurb=blurb)
+    show_pairs(make_console(), {key: str(value) for key, value in found.items()})
+    say(make_console(), f"written to {show_path(target.resolve())}")
 
 
 @app.command(epilog="Example: `golfbook lab --port 8890`")

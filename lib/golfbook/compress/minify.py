@@ -1,37 +1,39 @@
-"""Smaller Python with the same behaviour: what nobody reads or calls is left out, local names become short.
+"""Smaller Python with the same behaviour: what nothing needs is left out, local names become short.
 
 Three passes. :func:`strip` takes out what only readers, type checkers and tables of settings use. :func:`shake` drops
-whatever no kept line of any module mentions by name. python-minifier then shortens names and blank space. What it
-writes may use syntax of the Python that runs it, so equal sources give equal text on one minor version of Python only.
+the definitions that nothing kept refers to. python-minifier then shortens names and blank space. What it writes may use
+syntax of the Python that runs it, so equal sources give equal text on one minor version of Python only.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
 Definition = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+Import = (ast.Import, ast.ImportFrom)
 
 
-def minify(sources: Mapping[str, str], roots: Collection[str]) -> dict[str, str]:
-    """Return the modules of ``sources`` (text by dotted name) that are needed for the names ``roots``, made small.
+def minify(sources: Mapping[str, str], root: str) -> dict[str, str]:
+    """Return the modules of ``sources`` (text by full name) that the function ``root`` needs, made small.
 
-    Names are matched as they stand, wherever they are defined: what is kept may be too much, never too little, as long
-    as no name is put together at run time. Two exceptions: a text such as ``"package.module.name"`` counts as a
-    mention, and names that begin with an underscore belong to their module, so that they may become short.
+    ``root`` is written ``"package.module.function"``. Modules that turn out to be empty are left out.
     """
-    import python_minifier  # slow to import, and needed only where nothing is cached
+    import python_minifier  # needed only where nothing is cached
 
     trees = {name: strip(ast.parse(text)) for name, text in sources.items()}
-    shake(trees, roots)
+    shaken = Shaker(trees, root)
     return {
         name: python_minifier.minify(
             ast.unparse(tree),
             remove_literal_statements=True,
             remove_asserts=True,
             remove_annotations=False,  # strip() knows which ones are read at run time
-            rename_globals=True,
-            preserve_globals=[found for found in _identifiers(tree) if not found.startswith("_")],
+            rename_globals=True,  # those that begin with an underscore and that no other module uses
+            preserve_globals=sorted(
+                {found for found in _names(tree) if not found.startswith("_")} | shaken.used_elsewhere(name)
+            ),
             hoist_literals=False,  # a repeated text costs a compressor nothing
         )
         for name, tree in trees.items()
@@ -45,7 +47,16 @@ def strip(tree: ast.Module) -> ast.Module:
     Those of classes stay: pydantic and dataclasses read them. So do those of modules that register operators with
     torch, which infers a schema from them.
     """
-    return ast.fix_missing_locations(_Strip("custom_op" in _identifiers(tree)).visit(tree))
+    _Strip("custom_op" in _attributes(tree)).visit(tree)
+    tree.body = [part for node in _without_docstring(tree.body) for part in _split(node)]
+    return ast.fix_missing_locations(tree)
+
+
+def _split(node: ast.stmt) -> list[ast.stmt]:
+    """Split an import of several names into one for each."""
+    if isinstance(node, ast.ImportFrom):
+        return [ast.ImportFrom(node.module, [alias], node.level) for alias in node.names]
+    return [ast.Import([alias]) for alias in node.names] if isinstance(node, ast.Import) else [node]
 
 
 class _Strip(ast.NodeTransformer):
@@ -101,89 +112,107 @@ def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
     return [node for node in body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
 
 
-def shake(trees: dict[str, ast.Module], roots: Collection[str]) -> None:
-    """Drop top-level statements of all modules, and methods, whose names no kept line mentions; ``roots`` are kept.
+class Shaker:
+    """Drops definitions, imports and methods of some modules (trees by full name) that nothing kept refers to.
 
-    Kept without a mention: statements that define nothing, functions called ``_`` (they are registered where they
-    stand), methods of classes with bases (a framework calls them), and methods with two underscores on each side.
+    A definition is referred to by its name in its own module, by an import of it, as an attribute in a module that has
+    imported its module, or by a text such as ``"package.module.name"``, with or without the first part. A method of a
+    class without bases is, by an attribute or a text of its name anywhere. Kept without that, in a module that is
+    imported at all: statements that define nothing, functions called ``_`` (they are registered where they stand),
+    methods of classes with bases (a framework calls them), and methods with two underscores on each side.
     """
-    used = set(roots)
-    for tree in trees.values():
-        tree.body = _without_docstring(tree.body)
-    waiting: list[ast.AST] = []
-    for tree in trees.values():
-        for node in tree.body:
-            waiting += _parts(node)
-    kept: set[ast.AST] = set()
-    while found := [node for node in waiting if node not in kept and _wanted(node, used)]:
-        for node in found:
-            kept.add(node)
-            used |= _identifiers(_shallow(node))
-    for tree in trees.values():
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef) and not node.bases:
-                node.body = [part for part in node.body if not isinstance(part, Definition) or part in kept]
-                node.body = node.body or [ast.Pass()]
-        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) or node in kept]
-    _drop_imports(trees)
+
+    def __init__(self, trees: dict[str, ast.Module], root: str) -> None:
+        self.trees = trees
+        self.names: dict[str, set[str]] = defaultdict(set)  # by module: those in its kept lines
+        self.imported: dict[str, set[str]] = defaultdict(set)  # by module: what others import from it
+        self.holders: dict[str, set[str]] = defaultdict(set)  # by module: those that have imported it as a whole
+        self.attributes: dict[str, set[str]] = defaultdict(set)  # by module: those read in its kept lines
+        module, _, function = root.rpartition(".")
+        self.imported[module].add(function)
+        waiting = [(name, *part) for name, tree in trees.items() for node in tree.body for part in _parts(node)]
+        kept: set[ast.AST] = set()
+        while found := [item for item in waiting if item[1] not in kept and self._wanted(*item)]:
+            for name, node, _ in found:
+                kept.add(node)
+                self._refer(name, node)
+        for tree in trees.values():
+            tree.body = [node for node in tree.body if node in kept]
+            for node in tree.body:
+                if isinstance(node, ast.ClassDef) and not node.bases:
+                    body = [part for part in node.body if not isinstance(part, Definition) or part in kept]
+                    node.body = body or [ast.Pass()]
+            if all(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body):
+                tree.body = []
+
+    def used_elsewhere(self, name: str) -> set[str]:
+        """Return what other modules use of the module of this name."""
+        return self.imported[name].union(*(self.attributes[holder] for holder in self.holders[name]))
+
+    def _wanted(self, name: str, node: ast.stmt, method: bool) -> bool:
+        if method:
+            assert isinstance(node, Definition)
+            called = set().union(*self.attributes.values()) | self.names[name]
+            return node.name in called or (node.name.startswith("__") and node.name.endswith("__"))
+        if not (self.imported[name] or self.holders[name]):
+            return False
+        defined = _defined(node)
+        return not defined or not defined.isdisjoint(self.names[name] | self.used_elsewhere(name))
+
+    def _refer(self, name: str, node: ast.stmt) -> None:
+        """Note what a kept statement refers to."""
+        package = name.partition(".")[0]
+        for part in _own_parts(node):
+            self.names[name] |= _names(part)
+            self.attributes[name] |= _attributes(part)
+            for inner in ast.walk(part):
+                if isinstance(inner, ast.ImportFrom):
+                    for alias in inner.names:
+                        self._import(name, str(inner.module), alias.name)
+                elif isinstance(inner, ast.Constant) and isinstance(inner.value, str) and "." in inner.value:
+                    module, _, last = inner.value.rpartition(".")
+                    for full in (module, f"{package}.{module}"):
+                        if full in self.trees:
+                            self.imported[full].add(last)
+
+    def _import(self, name: str, module: str, what: str) -> None:
+        if f"{module}.{what}" in self.trees:
+            self.holders[f"{module}.{what}"].add(name)
+        elif module in self.trees:
+            self.imported[module].add(what)
 
 
-def _parts(node: ast.stmt) -> Iterator[ast.AST]:
-    """Yield what is kept or dropped as one: a statement, and each method of a class without bases."""
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        return
-    yield node
+def _parts(node: ast.stmt) -> Iterator[tuple[ast.stmt, bool]]:
+    """Yield what is kept or dropped as one, and whether it is a method: a statement, methods of classes without bases."""
+    yield node, False
     if isinstance(node, ast.ClassDef) and not node.bases:
-        yield from (part for part in node.body if isinstance(part, Definition))
+        yield from ((part, True) for part in node.body if isinstance(part, Definition))
 
 
-def _shallow(node: ast.AST) -> ast.AST:
-    """Return a class without bases as it is without its methods, which are asked for one by one; else the node."""
+def _own_parts(node: ast.stmt) -> list[ast.AST]:
+    """Return a class without bases as it is without its methods, which are asked for one by one; else the statement."""
     if isinstance(node, ast.ClassDef) and not node.bases:
-        rest = [part for part in node.body if not isinstance(part, Definition)]
-        return ast.Module([*rest, *map(ast.Expr, node.decorator_list)], [])
-    return node
+        return [*node.decorator_list, *(part for part in node.body if not isinstance(part, Definition))]
+    return [node]
 
 
-def _wanted(node: ast.AST, used: set[str]) -> bool:
+def _defined(node: ast.stmt) -> set[str]:
+    """Return the names that a statement defines; none where it does something else, and is kept for that."""
     if isinstance(node, Definition):
-        dunder = node.name.startswith("__") and node.name.endswith("__")
-        return node.name in used or node.name == "_" or dunder
+        return {node.name} - {"_"}
+    if isinstance(node, Import) and getattr(node, "module", "") != "__future__":
+        return {alias.asname or alias.name.partition(".")[0] for alias in node.names}
     if isinstance(node, ast.Assign) and all(isinstance(target, ast.Name | ast.Tuple) for target in node.targets):
-        names = {part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)}
-        return bool(names & used)
-    return True
+        return set().union(*map(_names, node.targets))
+    return set()
 
 
-def _drop_imports(trees: dict[str, ast.Module]) -> None:
-    """Drop imports of names that their module does not mention, and modules that then nobody imports."""
-    for tree in trees.values():
-        body = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
-        used = set().union(*map(_identifiers, body))
-        for node in ast.walk(tree):
-            if node in tree.body and isinstance(node, ast.Import | ast.ImportFrom):
-                node.names = [
-                    alias for alias in node.names
-                    if (alias.asname or alias.name.partition(".")[0]) in used
-                    or (isinstance(node, ast.ImportFrom) and node.module == "__future__")
-                ]  # fmt: skip
-        tree.body = [node for node in tree.body if getattr(node, "names", True)]
-        if all(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body):
-            tree.body = []
+def _names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
-def _identifiers(tree: ast.AST) -> set[str]:
-    """Return every name that a piece of code mentions, in whatever way; of a dotted text its last part."""
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            found.add(node.id)
-        elif isinstance(node, ast.Attribute):
-            found.add(node.attr)
-        elif isinstance(node, ast.alias):
-            found |= {node.name.rpartition(".")[2], node.asname or node.name}
-        elif isinstance(node, Definition):
-            found.add(node.name)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(node.value.rpartition(".")[2])
-    return found
+def _attributes(tree: ast.AST) -> set[str]:
+    """Return the attributes that are read or set, and all texts that getattr() might be given."""
+    found = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return found | {text for text in texts if text.isidentifier()}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import bz2
+import contextlib
 import functools
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -26,7 +28,7 @@ ENTRY, FUNCTION = "train.script", "run_script"
 LOADER = """\
 # coding: latin-1 -- golfbook, packed: bz2.decompress() of the long text gives names and sources, \\0 between them
 import sys
-if sys.version_info<({major},{minor}):sys.exit('train_gpt.py needs Python {major}.{minor} or newer')
+if sys.version_info<{needed}:sys.exit('train_gpt.py needs Python {python} or newer')
 import bz2,importlib.abc,importlib.util as u
 S=bz2.decompress('''{data}'''.encode('latin-1')).decode().split('\\0')
 S=dict(zip(S[::2],S[1::2]))
@@ -49,34 +51,41 @@ def script() -> bytes:
 
     Packing takes seconds, so the result is kept in the cache under the hash of the code.
     """
-    version = sys.version_info[:2]
-    key = [code_sha256(), sha256_bytes(LOADER.encode()), metadata.version("python-minifier"), *version]
+    key = [code_sha256(), metadata.version("python-minifier"), version()]
     path = cache_root() / "scripts" / f"{sha256_bytes(canonical_json(key).encode())[:16]}.py"
     if path.is_file():
         return path.read_bytes()
-    made = pack(small_modules(), version)
-    try:
+    made = pack(small_modules())
+    with contextlib.suppress(GolfbookError):  # a read-only cache: packed again by the next process
         atomic_write_bytes(path, made)
-    except GolfbookError:  # a read-only cache: packed again by the next process
-        pass
     return made
 
 
-def pack(modules: Mapping[str, str], version: tuple[int, int]) -> bytes:
-    """Return a script that holds ``modules``, text by dotted name, and needs Python ``version``."""
+def version() -> str:
+    """Return the oldest Python that runs a script packed here: this one, whose syntax the minifier may use."""
+    return "{}.{}".format(*sys.version_info)
+
+
+def pack(modules: Mapping[str, str]) -> bytes:
+    """Return a script that holds ``modules``, text by dotted name."""
     data = bz2.compress(_joined(modules))
-    letters = data.decode("latin-1").replace("\\", "\\\\").replace("\0", "\\0").replace("\r", "\\r").replace("'", "\\'")
     text = LOADER.format(
-        data=letters, major=version[0], minor=version[1], entry=f"{PACKAGE.name}.{ENTRY}", function=FUNCTION
+        data=_quoted(data),
+        python=version(),
+        needed=sys.version_info[:2],
+        entry=f"{PACKAGE.name}.{ENTRY}",
+        function=FUNCTION,
     )
     return text.encode("latin-1")
 
 
 def small_modules() -> dict[str, str]:
     """Return the minified text of the modules in the script by their full names."""
-    sources = {name: path.read_text(encoding="utf-8") for name, path in code_modules().items()}
-    small = {f"{PACKAGE.name}.{name}".removesuffix(".__init__"): text for name, text in minify(sources, [FUNCTION]).items()}
-    return dict(sorted(small.items()))
+    sources = {
+        f"{PACKAGE.name}.{name}".removesuffix(".__init__"): path.read_text(encoding="utf-8")
+        for name, path in code_modules().items()
+    }
+    return minify(sources, f"{PACKAGE.name}.{ENTRY}.{FUNCTION}")
 
 
 def costs(modules: Mapping[str, str]) -> dict[str, int]:
@@ -86,10 +95,26 @@ def costs(modules: Mapping[str, str]) -> dict[str, int]:
     return {name: total - len(bz2.compress(_joined(others))) for name, others in rest.items()}
 
 
-def requirements(modules: Mapping[str, str]) -> list[str]:
-    """Return the third-party packages that ``modules`` import, with the versions that the library asks for, sorted."""
+def is_ours(data: bytes) -> bool:
+    """Return whether a file is a script that :func:`pack` has made, of whatever version."""
+    return data.startswith(MARK)
+
+
+def unpack(data: bytes) -> dict[str, str]:
+    """Return the modules in a script, text by dotted name: what :func:`pack` was given."""
+    [text] = (
+        node.value
+        for node in ast.walk(ast.parse(data))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("BZh")
+    )
+    parts = bz2.decompress(text.encode("latin-1")).decode().split("\0")
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def requirements() -> list[str]:
+    """Return the third-party packages that the script imports, with the versions that the library asks for, sorted."""
     imported: set[str] = set()
-    for text in modules.values():
+    for text in unpack(script()).values():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
@@ -135,6 +160,13 @@ def import_closure(roots: Iterable[str], package: Path) -> dict[str, Path]:
             below = [name.removeprefix(f"{package.name}.") for name in names if name.startswith(f"{package.name}.")]
             waiting += [*below, *(f"{name}.__init__" for name in below)]
     return dict(sorted(found.items()))
+
+
+def _quoted(data: bytes) -> str:
+    """Return bytes as the inside of a text between triple quotes, as few of them escaped as Python allows."""
+    text = data.decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r")
+    text = re.sub(r"\0(?=[0-7])", r"\\000", text).replace("\0", r"\0")  # a digit would be read as part of \0
+    return re.sub("'(?='|$)", r"\\'", text)
 
 
 def _joined(modules: Mapping[str, str]) -> bytes:

@@ -18,7 +18,7 @@ import torch
 
 from golfbook.compress.container import find_tokenizer, read_artifact
 from golfbook.compress.export import export
-from golfbook.config.schema import BudgetConfig
+from golfbook.config.schema import BudgetConfig, ScoreConfig
 from golfbook.data import dataset, documents
 from golfbook.errors import ConfigError, DataError, GolfbookError
 from golfbook.evaluate import scoring
@@ -93,7 +93,7 @@ def run_script(script: str) -> int:
     parser = argparse.ArgumentParser(description="Score artifact.golf, or train and export one first.")
     parser.add_argument("files", nargs="*", type=Path, help="texts (.txt, .jsonl, folders of them) or shards (.bin)")
     parser.add_argument("--train", type=Path, metavar="FOLDER", help="train by its config.json (default: ours)")
-    parser.add_argument("--stride", type=int, default=64, help="targets scored a window")
+    parser.add_argument("--stride", type=int, default=ScoreConfig().stride, help="targets scored a window")
     parser.add_argument("--window", type=int, help="tokens a window; default: as in training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
