@@ -273,17 +273,21 @@ def export(
     github_id: Annotated[str, typer.Option(help="For submission.json.")] = "",
     name: Annotated[str, typer.Option(help="For submission.json. Default: study, variant and seed.")] = "",
     blurb: Annotated[str, typer.Option(help="For submission.json. Default: size, preset and windows.")] = "",
+    modules: Annotated[bool, typer.Option("--modules", help="Show what each module adds to the script.")] = False,
 ) -> None:
     """Write a run as a submission to the challenge: one small script, the artifact, and what belongs to them.
 
     The script holds the library code that trains, exports and scores, minified and compressed, and needs no golfbook.
     """
-    from golfbook.compress import submission
+    from golfbook.compress import packing, submission
     from golfbook.run import open_run
 
     run = open_run(folder)
     target = to or run.path / "submission"
     found = submission.export_submission(run, target, author=author, github_id=github_id, name=name, blurb=blurb)
+    if modules:
+        rows = [(module, f"{cost:,}") for module, cost in packing.costs(packing.unpack(packing.script())).items()]
+        show_table(make_console(), ("module", "bytes saved without it"), rows, right=("bytes saved without it",))
     show_pairs(make_console(), {key: str(value) for key, value in found.items()})
     say(make_console(), f"written to {show_path(target.resolve())}")
 

@@ -183,7 +183,7 @@ class Shaker:
 
 
 def _parts(node: ast.stmt) -> Iterator[tuple[ast.stmt, bool]]:
-    """Yield what is kept or dropped as one, and whether it is a method: a statement, methods of classes without bases."""
+    """Yield what is kept or dropped as one, and whether it is a method: a statement, and methods asked for by name."""
     yield node, False
     if isinstance(node, ast.ClassDef) and not node.bases:
         yield from ((part, True) for part in node.body if isinstance(part, Definition))
