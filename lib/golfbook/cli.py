@@ -5,6 +5,7 @@ Commands import what they need when they are called, so that ``golfbook --help``
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -249,10 +250,13 @@ def score(
     from golfbook.config.schema import BudgetConfig
     from golfbook.train import script
 
-    with Progress(console=make_console(stderr=True), transient=True) as bar:
+    with contextlib.ExitStack() as shown:
+        bar = Progress(console=make_console(stderr=True), transient=True)
         task = bar.add_task("windows")
 
         def show(done: int, total: int) -> None:
+            if not bar.live.is_started:  # not before: a message about a wrong file stands alone
+                shown.enter_context(bar)
             bar.update(task, completed=done, total=total)
 
         values = script.score_files(
