@@ -6,6 +6,7 @@ import ast
 import builtins
 import json
 import os
+import re
 import shutil
 import subprocess
 import symtable
@@ -34,6 +35,7 @@ from golfbook.study import stages
 
 WORDS = ("the", "model", "reads", "a", "token", "and", "learns", "to", "guess", "what", "comes", "next", "from", "it")
 FIELDS = ["author", "github_id", "name", "blurb", "date", "val_loss", "val_bpb", "bytes_total", "bytes_code"]
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = sysconfig.get_path("purelib")
 
 
@@ -227,6 +229,8 @@ def test_the_script_is_small_and_text(home: Path, monkeypatch: pytest.MonkeyPatc
     costs = packing.costs(packing.unpack(script))
     print(f"{len(script):,} bytes;", ", ".join(f"{name} {cost}" for name, cost in costs.items()))
     assert budget.code_bytes() == len(script) < 60_000
+    stated = re.search(r"one script of about\s+(\d+) kB", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert stated and abs(1000 * int(stated[1]) - len(script)) < 5000, "README.md states another size"
     compile(script, "train_gpt.py", "exec")
     assert {"golfbook.train.script", "golfbook.train.loop", "golfbook.compress.container"} <= costs.keys()
     rooms = {name.split(".")[1] for name in costs if "." in name}
