@@ -28,7 +28,7 @@ from golfbook.study import results
 from golfbook.study.progress import Progress
 
 DATA = Path(__file__).parent / "data"
-COMMANDS = ("run", "status", "collect", "presets", "score", "lab")
+COMMANDS = ("run", "status", "collect", "presets", "score", "export", "lab")
 
 
 @pytest.fixture

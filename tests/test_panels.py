@@ -18,12 +18,15 @@ from golfbook.compress import rowwise
 from golfbook.config.load import load_config
 from golfbook.data.tokenizer import Tokenizer, train_tokenizer
 from golfbook.errors import DataError
+from golfbook.files import project_root
 from golfbook.model.gpt import GPT, initialise
+from golfbook.panels import architecture as architecture_panels
 from golfbook.panels import base as panels
 from golfbook.panels import monitor, schedules
 from golfbook.panels import seeds as seed_panels
 from golfbook.panels import size as size_panels
 from golfbook.panels import text as text_panels
+from golfbook.panels import training as training_panels
 from golfbook.plots import size as size_plots
 from golfbook.plots import style
 from golfbook.run import Run
@@ -52,6 +55,15 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         return text_panels.losses(initialise(GPT(config.model), 1), tokenizer, "the cat")
     if kind == "windows":
         return text_panels.windows(1000, 64)
+    if kind == "build":
+        return architecture_panels.build("pr1166_e2e_ttt_flow")
+    if kind == "newton_schulz":
+        return training_panels.newton_schulz(torch.randn(12, 40, generator=torch.Generator().manual_seed(0)), "matrix")
+    if kind == "trajectories":
+        folder = project_root() / "runs/published"
+        return training_panels.trajectories(
+            *(pd.read_csv(folder / f"{name}.csv") for name in ("trajectories", "events", "runs"))
+        )
     if kind == "schedule":
         return schedules.schedule(config.train)
     if kind == "bits_and_clip":
@@ -85,6 +97,16 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         ("schedule", "clock", True),
         ("schedule", "muon_momentum_warmup_steps", 3),
         ("schedule", "ema_decay", 0.0),
+        ("schedule", "guess", 30),
+        ("build", "layers", 12),
+        ("build", "guess", 5),
+        ("newton_schulz", "step", 8),
+        ("newton_schulz", "coefficients", "polar_express"),
+        ("newton_schulz", "row_norm", True),
+        ("newton_schulz", "guess", 95),
+        ("trajectories", "metric", "train_loss"),
+        ("trajectories", "gepa", True),
+        ("trajectories", "guess", 0.05),
         ("bits_and_clip", "bits", 3),
         ("bits_and_clip", "clip", 0.0),
         ("bits_and_clip", "clip", 0.99),
@@ -148,6 +170,22 @@ def test_a_guess_is_shown_beside_the_truth_of_the_state() -> None:
     panel = panels.guessing(inner, panels.Slider("guess", 0, 0, 99), lambda code: 10 * code)
     assert panel.figure().get_supxlabel() == ""
     assert panel.figure(guess=7, code=3).get_supxlabel() == "your guess: 7; it is 30"
+
+
+def test_the_truth_beside_a_guess_follows_the_state(tokenizer: Tokenizer) -> None:
+    def said(kind: str, guess: float, **changes: Any) -> float:
+        words = make_panel(kind, tokenizer).figure(guess=guess, **changes).get_supxlabel()
+        assert words.startswith(f"your guess: {guess:g}; it is ")
+        return float(words.rpartition(" ")[2])
+
+    assert said("build", 3) > said("build", 3, layers=12) > said("build", 3, width=768) == 0  # no bits are few enough
+    assert said("build", 3, width=256) == 8
+    assert said("schedule", 90) == round(100 * 0.997**20)
+    assert said("schedule", 90, clock=True, fits=10) == round(100 * 0.997**10)
+    quintic, polar = (said("newton_schulz", 50, coefficients=name, step=2) for name in ("quintic", "polar_express"))
+    assert quintic < polar == 100
+    few, all_runs = (said("trajectories", 0.05, gepa=gepa, metric="val_loss") for gepa in (False, True))
+    assert 0.08 < few < all_runs < 0.12  # the longer runs win more
 
 
 def test_two_standard_errors_of_two_seeds_raise_false_alarms() -> None:

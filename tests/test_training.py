@@ -145,7 +145,7 @@ def test_killed_trainer_is_reported_and_resumes_to_the_same_weights(corpus_file,
     launcher.launch(run)
     deadline = time.monotonic() + 60
     while not run.checkpoint_path.exists():
-        assert time.monotonic() < deadline, launcher.log_tail(run)
+        assert time.monotonic() < deadline, launcher.log_tail(run.log_path)
         time.sleep(0.01)
     agent = psutil.Process(json.loads((run.path / "trainer.json").read_text())["pid"])
     targets = agent.children(recursive=True) if victim == "worker" else [agent]
@@ -228,7 +228,7 @@ def test_two_processes_with_two_pieces_each(corpus_file):
 def wait_for_points(run: Run, more_than: int) -> None:
     deadline = time.monotonic() + 120
     while len(run.read_metrics()) <= more_than:
-        assert time.monotonic() < deadline and launcher.is_running(run), launcher.log_tail(run)
+        assert time.monotonic() < deadline and launcher.is_running(run), launcher.log_tail(run.log_path)
         time.sleep(0.005)
 
 
@@ -325,7 +325,7 @@ def test_two_processes_train_where_the_host_name_does_not_resolve(corpus_file, m
     deadline = time.monotonic() + 60  # the wait for a name takes ten minutes
     try:
         while not run.is_done("training"):
-            assert time.monotonic() < deadline, launcher.log_tail(run)
+            assert time.monotonic() < deadline, launcher.log_tail(run.log_path)
             time.sleep(0.1)
     finally:
         launcher.stop(run, hurry=lambda: True)
@@ -437,7 +437,7 @@ def test_a_compiled_run_trains_alike_with_its_compile_time_apart(corpus_file):
     assert result["train_seconds"] < result["warmup_seconds"]  # compiling takes longer than these twelve steps
     losses = [[p["loss"] for p in r.read_metrics() if p["kind"] == "train"] for r in (eager, run)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
-    assert "compiled by torch.compile" in launcher.log_tail(run, 50)
+    assert "compiled by torch.compile" in launcher.log_tail(run.log_path, 50)
 
 
 def test_the_clock_ends_training(corpus_file, monkeypatch):

@@ -1,15 +1,15 @@
-"""The command line: ``golfbook run | status | collect | presets | score | lab``.
+"""The command line: ``golfbook run | status | collect | presets | score | export | lab``.
 
 Commands import what they need when they are called, so that ``golfbook --help`` and a job with nothing to do are quick.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,9 +17,6 @@ from golfbook import __version__
 from golfbook.config.tables import EXECUTORS, require
 from golfbook.errors import ConfigError, GolfbookError, RunError
 from golfbook.terminal import make_console, prepare_streams, say, show_pairs, show_path, show_table, write_json
-
-if TYPE_CHECKING:
-    from golfbook.compress.container import Artifact
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -233,7 +230,7 @@ def presets(
 @app.command(epilog="Example: `golfbook score runs/quickstart/RUN/artifact.golf --text my_notes.txt --stride 64`")
 def score(
     artifact: Annotated[Path, typer.Argument(help="An artifact.golf file.", metavar="ARTIFACT")],
-    text: Annotated[Path, typer.Option("--text", help="A .txt or .jsonl file, or a folder of them.")],
+    text: Annotated[Path, typer.Option("--text", help="A .txt or .jsonl file, a folder of them, or a .bin shard.")],
     stride: Annotated[int, typer.Option(min=1, help="Targets scored a window; smaller: more context, slower.")] = 64,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens a window. Default: as in training.")] = None,
     tokenizer: Annotated[
@@ -247,14 +244,56 @@ def score(
     The tokenizer lies beside the artifact and is checked against the hash inside it; as in the challenge, its bytes do
     not count towards the size. The bytes that divide are the UTF-8 bytes of the text as it is in the file.
     """
-    from golfbook.compress import container as artifacts
+    from rich.progress import Progress
 
-    loaded = artifacts.read_artifact(artifact)
-    values = _score(artifact, loaded, text, stride, window, tokenizer, text_field)
+    from golfbook.compress import budget
+    from golfbook.config.schema import BudgetConfig
+    from golfbook.train import script
+
+    with contextlib.ExitStack() as shown:
+        bar = Progress(console=make_console(stderr=True), transient=True)
+        task = bar.add_task("windows")
+
+        def show(done: int, total: int) -> None:
+            if not bar.live.is_started:  # not before: a message about a wrong file stands alone
+                shown.enter_context(bar)
+            bar.update(task, completed=done, total=total)
+
+        values = script.score_files(
+            artifact, [text], stride=stride, window=window, tokenizer=tokenizer, text_field=text_field, progress=show
+        )
+    values |= budget.size_report(values["artifact_bytes"], BudgetConfig().limit_bytes)
     if as_json:
         write_json(values)
     else:
         show_pairs(make_console(), _score_text(values))
+
+
+@app.command(epilog="Example: `golfbook export runs/quickstart/RUN --author 'A. Name' --github-id name`")
+def export(
+    folder: Annotated[Path, typer.Argument(help="A run folder whose stages are all done.", metavar="RUN")],
+    to: Annotated[Path | None, typer.Option(help="Folder to write. Default: submission/ in the run folder.")] = None,
+    author: Annotated[str, typer.Option(help="For submission.json.")] = "",
+    github_id: Annotated[str, typer.Option(help="For submission.json.")] = "",
+    name: Annotated[str, typer.Option(help="For submission.json. Default: study, variant and seed.")] = "",
+    blurb: Annotated[str, typer.Option(help="For submission.json. Default: size, preset and windows.")] = "",
+    modules: Annotated[bool, typer.Option("--modules", help="Show what each module adds to the script.")] = False,
+) -> None:
+    """Write a run as a submission to the challenge: one small script, the artifact, and what belongs to them.
+
+    The script holds the library code that trains, exports and scores, minified and compressed, and needs no golfbook.
+    """
+    from golfbook.compress import packing, submission
+    from golfbook.run import open_run
+
+    run = open_run(folder)
+    target = to or run.path / "submission"
+    found = submission.export_submission(run, target, author=author, github_id=github_id, name=name, blurb=blurb)
+    if modules:
+        rows = [(module, f"{cost:,}") for module, cost in packing.costs(packing.unpack(packing.script())).items()]
+        show_table(make_console(), ("module", "bytes saved without it"), rows, right=("bytes saved without it",))
+    show_pairs(make_console(), {key: str(value) for key, value in found.items()})
+    say(make_console(), f"written to {show_path(target.resolve())}")
 
 
 @app.command(epilog="Example: `golfbook lab --port 8890`")
@@ -324,54 +363,6 @@ def _show_costs(name: str | None, as_json: bool) -> None:
 
 def _three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:,.3g}"
-
-
-def _score(
-    path: Path, artifact: Artifact, text: Path, stride: int, window: int | None, tokenizer: Path | None, field: str
-) -> dict[str, Any]:
-    """Return what ``golfbook score`` finds, as plain data."""
-    import torch
-    from rich.progress import Progress
-
-    from golfbook.compress import budget
-    from golfbook.compress import container as artifacts
-    from golfbook.config.schema import BudgetConfig
-    from golfbook.data import dataset, documents
-    from golfbook.evaluate import scoring
-    from golfbook.train import choices
-
-    pieces = artifacts.find_tokenizer(path, artifact, tokenizer)
-    window = window or artifact.train_window
-    if stride > window:
-        raise ConfigError(f"--stride {stride} is more than the window of {window} tokens")
-    texts = documents.read_documents(text, field)
-    tokens, _, total_bytes, changes = dataset.encode_for_scoring(pieces, texts)
-    choices.set_up(torch.get_num_threads(), torch.device("cpu"))
-    started = time.monotonic()
-    with Progress(console=make_console(stderr=True), transient=True) as bar:
-        task = bar.add_task("windows")
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        nll = scoring.score(artifact.build(), tokens, window=window, stride=stride, progress=show)
-    seconds = time.monotonic() - started
-    values: dict[str, Any] = scoring.summarize(nll, total_bytes)
-    return {
-        "artifact": path,
-        "val_bpb": values["val_bpb"],
-        "val_loss": values["val_loss"],
-        "tokens": values["tokens"],
-        "bytes": total_bytes,
-        "documents": len(texts),
-        "normalisation": changes,
-        "window": window,
-        "stride": stride,
-        "seconds": seconds,
-        "tokenizer": pieces.path,
-        "artifact_bytes": artifact.bytes,
-        **budget.size_report(artifact.bytes, BudgetConfig().limit_bytes),
-    }
 
 
 def _score_text(found: dict[str, Any]) -> dict[str, str]:

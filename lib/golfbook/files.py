@@ -68,6 +68,15 @@ def folders() -> dict[str, str]:
     }
 
 
+def log_tail(path: Path, lines: int = 5) -> str:
+    """Read the last ``lines`` lines of a log file, indented, for messages; empty where there is none."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "".join(f"\n    {line}" for line in text.strip().splitlines()[-lines:])
+
+
 def _from_environment(variable: str) -> Path | None:
     """Return the absolute path that an environment variable holds; None where it is unset or empty.
 

@@ -13,6 +13,7 @@ from golfbook.train import muon
 
 ARRIVED = 0.01  # of the distance at the start
 PATIENCE = 400  # steps
+BAND = (0.7, 1.3)  # around 1, where the published Newton-Schulz leaves most directions
 
 
 @dataclass(frozen=True)
@@ -70,3 +71,9 @@ def direction_sizes(
         x = muon.newton_schulz(start, count, dtype, coefficients).double()
         found.append(((u.mT @ x) * vh).sum(1))
     return torch.stack(found).numpy()
+
+
+def share_in_band(sizes: ArrayLike) -> float:
+    """Return which share of ``sizes`` (any shape) lies between 0.7 and 1.3 in absolute value."""
+    values = np.abs(np.asarray(sizes, float))
+    return float(((values > BAND[0]) & (values < BAND[1])).mean())

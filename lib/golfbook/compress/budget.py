@@ -1,25 +1,18 @@
 """The byte budget: bytes of code, and of an artifact that is there or only planned.
 
-The challenge counts the training script; here the script is a package, so every module that a score needs counts.
+The challenge counts one script that trains and scores; here it is what :mod:`golfbook.compress.packing` makes.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
-from collections.abc import Iterable
-from pathlib import Path
-
 import torch
 
+from golfbook.compress.packing import script
 from golfbook.compress.quantizer import stored_as
 from golfbook.config.architecture import ModelConfig
 from golfbook.config.schema import QuantizeConfig
-from golfbook.config.tables import CODERS, QUANTIZERS
 from golfbook.model.gpt import GPT, exported, model_facts
 
-PACKAGE = Path(__file__).parents[1]
-CODE_ROOTS = ("train.loop", "compress.export", "evaluate.scoring")
 # Bits that a coded integer needs, as a share of its nominal bits; float16 values hardly compress.
 CODED_SHARE = 0.73
 CODED_SHARE_FLOAT = 0.93
@@ -38,48 +31,13 @@ def size_report(artifact_bytes: int, limit_bytes: int) -> dict[str, int | bool]:
     }
 
 
-@functools.cache
 def code_bytes() -> int:
-    """Count the UTF-8 bytes of all modules that training, exporting and scoring import, uncompressed.
+    """Count the bytes of the script that holds the code, as ``golfbook export`` writes it: minified and compressed.
 
     The tokenizer is not counted, as in the challenge (its hash is inside the artifact); notebooks and plots are not
     either.
     """
-    return sum(path.stat().st_size for path in code_modules().values())
-
-
-def code_modules() -> dict[str, Path]:
-    """Return all modules whose bytes count, those that settings name included, by dotted name."""
-    by_name = [place.rpartition(".")[0] for table in (QUANTIZERS, CODERS) for place in table.values()]
-    return import_closure([*CODE_ROOTS, *by_name], PACKAGE)
-
-
-def import_closure(roots: Iterable[str], package: Path) -> dict[str, Path]:
-    """Return the modules of the folder ``package`` that ``roots`` import, directly or not, themselves included.
-
-    Found in the sources, wherever an import stands, without importing anything. Keys are dotted names below the
-    package (``"train.loop"``; a package's own ``__init__`` counts with every module in it), sorted.
-    """
-    found: dict[str, Path] = {}
-    waiting = ["__init__", *roots]
-    while waiting:
-        name = waiting.pop()
-        path = package / f"{name.replace('.', '/')}.py"
-        if name in found or not path.is_file():
-            continue
-        found[name] = path
-        if "." in name:
-            waiting.append(f"{name.rpartition('.')[0]}.__init__")
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
-            else:
-                continue
-            below = [name.removeprefix(f"{package.name}.") for name in names if name.startswith(f"{package.name}.")]
-            waiting += [*below, *(f"{name}.__init__" for name in below)]
-    return dict(sorted(found.items()))
+    return len(script())
 
 
 def artifact_bytes(model: ModelConfig, quantize: QuantizeConfig) -> int:

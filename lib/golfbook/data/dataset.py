@@ -120,6 +120,21 @@ def encode_for_scoring(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[
     return audit.tokens, tokenizer.token_bytes(audit.tokens), total, changes
 
 
+def read_shards_for_scoring(tokenizer: Tokenizer, paths: Sequence[Path]) -> tuple[Array, int]:
+    """Return the tokens (n + 1,) uint16 of some shards, joined, and the bytes of the n targets by the table.
+
+    Raises :class:`DataError` where a shard is damaged or was made with another tokenizer, and
+    :class:`golfbook.errors.ByteAccountingError` where table and decoded bytes differ.
+    """
+    for path in paths:
+        _check_ids(path, tokenizer)
+    tokens = np.concatenate([read_shard(path) for path in paths])
+    if tokens.size < 2:
+        raise DataError("the shards to score hold one token, and the first one is not scored")
+    _check_stream(tokens, tokenizer, ", ".join(map(str, paths)))
+    return tokens, int(tokenizer.token_bytes(tokens).sum(dtype=np.int64))
+
+
 def unigram_bits_per_byte(tokens: Array, total_bytes: int) -> float:
     """Return the entropy of the targets ``tokens[1:]``, in bits per byte: what frequencies alone are worth."""
     counts = np.bincount(tokens[1:]).astype(np.float64)

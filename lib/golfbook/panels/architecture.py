@@ -10,10 +10,12 @@ import pandas as pd
 from golfbook.analysis.components import summary
 from golfbook.config.load import load_config
 from golfbook.config.schema import Config
-from golfbook.panels.base import Choice, Panel, Slider, Switch
+from golfbook.panels.base import Choice, Control, Panel, Slider, Switch, guessing
 from golfbook.plots import architecture as architecture_plots
 from golfbook.plots.style import Picture
+from golfbook.train.speed import artifact_bytes
 
+BITS = range(3, 9)
 RECURRENCE = {"none": "none", "middle two, after": "after", "middle two, in place": "in_place"}
 
 
@@ -31,7 +33,10 @@ def guess(effects: pd.DataFrame) -> Panel:
 
 
 def build(preset: str) -> Panel:
-    """Show parameters, arithmetic, artifact, memory and time of a model put together at its published size."""
+    """Show parameters, arithmetic, artifact, memory and time of a model put together at its published size.
+
+    To guess beforehand: the most bits of matrices at which it fits into the preset's budget, 0 if none of 3 to 8 does.
+    """
     start = load_config(preset)
     before = summary(start)
     model = start.model
@@ -39,28 +44,31 @@ def build(preset: str) -> Panel:
     def draw(**state: Any) -> Picture:
         return architecture_plots.model_costs(summary(assemble(preset, state)), before)
 
+    def most_bits(**state: Any) -> float:
+        built = {bits: assemble(preset, state | {"bits": bits}) for bits in BITS}
+        sizes = {bits: artifact_bytes(config.model, config.quantize) for bits, config in built.items()}
+        return max((bits for bits, size in sizes.items() if size <= start.budget.limit_bytes), default=0)
+
     own = "as preset"
     widths = {str(w): w for w in sorted({256, 384, 512, 768, model.model_dim})}
     rows = {str(n) if n else "off": n for n in sorted({0, 1536, 4096, 10240, model.bigram.vocab_size})}
-    return Panel(
-        draw,
-        {
-            "layers": Slider("layers", model.num_layers, 2, 16),
-            "width": Choice("width", model.model_dim, widths),
-            "mlp": Slider("MLP factor", model.mlp_mult, 1, 4, 0.5),
-            "bigram_rows": Choice("bigram rows", model.bigram.vocab_size, rows),
-            "value_embedding": Switch("value embedding", bool(model.value_embedding.layers)),
-            "gated_attention": Switch("gated attention", model.gated_attention),
-            "value_residual": Switch("value residual", model.value_residual != "none"),
-            "tied": Switch("tied head", model.tie_embeddings),
-            "recurrence": Choice("recurrence", own, {own: own, **RECURRENCE}),
-            "ttt_linear": Switch("TTT-Linear", model.ttt_linear.enabled),
-            "flow": Switch("FlowRefiner", model.flow.enabled),
-            "native_flow": Switch("NativeFlow", model.native_flow.enabled),
-            "bits": Slider("matrix bits", start.quantize.matrix_bits, 3, 8),
-        },
-        height=460,
-    )
+    controls: dict[str, Control] = {
+        "layers": Slider("layers", model.num_layers, 2, 16),
+        "width": Choice("width", model.model_dim, widths),
+        "mlp": Slider("MLP factor", model.mlp_mult, 1, 4, 0.5),
+        "bigram_rows": Choice("bigram rows", model.bigram.vocab_size, rows),
+        "value_embedding": Switch("value embedding", bool(model.value_embedding.layers)),
+        "gated_attention": Switch("gated attention", model.gated_attention),
+        "value_residual": Switch("value residual", model.value_residual != "none"),
+        "tied": Switch("tied head", model.tie_embeddings),
+        "recurrence": Choice("recurrence", own, {own: own, **RECURRENCE}),
+        "ttt_linear": Switch("TTT-Linear", model.ttt_linear.enabled),
+        "flow": Switch("FlowRefiner", model.flow.enabled),
+        "native_flow": Switch("NativeFlow", model.native_flow.enabled),
+        "bits": Slider("matrix bits", start.quantize.matrix_bits, BITS[0], BITS[-1]),
+    }
+    panel = Panel(draw, controls, height=460)
+    return guessing(panel, Slider("my guess: most bits that fit", -1, -1, BITS[-1]), most_bits)
 
 
 def assemble(preset: str, state: Mapping[str, Any]) -> Config:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from golfbook.analysis.optimizers import Valley, direction_sizes
-from golfbook.panels.base import Choice, Panel, Slider, Switch, interactive
+from golfbook.analysis.comparisons import warmdown_gains
+from golfbook.analysis.optimizers import Valley, direction_sizes, share_in_band
+from golfbook.panels.base import Choice, Control, Panel, Slider, Switch, guessing, interactive
 from golfbook.plots import optimizers as optimizer_plots
 from golfbook.plots import training as training_plots
 from golfbook.plots.style import Picture
@@ -48,21 +50,30 @@ def momentum() -> Panel:
 
 
 def newton_schulz(matrix: Tensor, name: str, *, steps: int = 5, dtype: str = "float32") -> Panel:
-    """Show Newton-Schulz on one gradient (rows, columns), step by step; choose coefficients, norms and arithmetic."""
+    """Show Newton-Schulz on one gradient (rows, columns), step by step; choose coefficients, norms and arithmetic.
 
-    def draw(step: int, coefficients: muon.Coefficients, row_norm: bool, dtype: str) -> Picture:
-        sizes = direction_sizes(matrix, step, coefficients, getattr(torch, dtype), row_norm=row_norm)
+    To guess beforehand: the share of directions between 0.7 and 1.3 after 8 steps, in per cent.
+    """
+
+    def sizes_after(step: int, coefficients: muon.Coefficients, row_norm: bool, dtype: str) -> np.ndarray:
+        return direction_sizes(matrix, step, coefficients, getattr(torch, dtype), row_norm=row_norm)
+
+    def draw(step: int, coefficients: muon.Coefficients, **choices: Any) -> Picture:
+        sizes = sizes_after(step, coefficients, **choices)
         table = muon.iteration_coefficients(max(step, 1), coefficients)
         return optimizer_plots.newton_schulz(sizes, table, step=step, title=f"Gradient of {name}")
 
-    return Panel(
-        draw,
-        {
-            "step": Slider("step", min(steps, MOST_STEPS), 0, MOST_STEPS),
-            "coefficients": Choice("coefficients", "quintic", COEFFICIENTS),
-            "row_norm": Switch("rows to unit norm first (MuonEq-R)", False),
-            "dtype": Choice("arithmetic", dtype, {"float32": "float32", "bfloat16": "bfloat16"}),
-        },
+    controls: dict[str, Control] = {
+        "step": Slider("step", min(steps, MOST_STEPS), 0, MOST_STEPS),
+        "coefficients": Choice("coefficients", "quintic", COEFFICIENTS),
+        "row_norm": Switch("rows to unit norm first (MuonEq-R)", False),
+        "dtype": Choice("arithmetic", dtype, {"float32": "float32", "bfloat16": "bfloat16"}),
+    }
+    question = Slider(f"my guess: % in 0.7 to 1.3 after {MOST_STEPS} steps", -1, -1, 100)
+    return guessing(
+        Panel(draw, controls),
+        question,
+        lambda step, **choices: round(100 * share_in_band(sizes_after(MOST_STEPS, **choices)[-1])),
     )
 
 
@@ -99,11 +110,18 @@ def curves(results: pd.DataFrame, curves: pd.DataFrame) -> Panel:
 
 
 def trajectories(points: pd.DataFrame, events: pd.DataFrame, runs: pd.DataFrame) -> Panel:
-    """Show the published curves; choose their metric, and whether the longer GEPA runs are among them."""
+    """Show the published curves; choose their metric, and whether the longer GEPA runs are among them.
+
+    To guess beforehand: the bits per byte that the warmdown wins, as the mean over these runs.
+    """
+
+    def shown(gepa: bool) -> pd.DataFrame:
+        return points if gepa else points[points["system"] != "GEPA"]
 
     def draw(metric: str, gepa: bool) -> Picture:
-        shown = points if gepa else points[points["system"] != "GEPA"]
-        return training_plots.trajectories(shown, events, runs, metric=metric)
+        return training_plots.trajectories(shown(gepa), events, runs, metric=metric)
 
     metrics = {label: key for key, label in training_plots.METRICS.items()}
-    return Panel(draw, {"metric": Choice("metric", "val_bpb", metrics), "gepa": Switch("with GEPA", False)})
+    panel = Panel(draw, {"metric": Choice("metric", "val_bpb", metrics), "gepa": Switch("with GEPA", False)})
+    question = Slider("my guess: bits per byte won in the warmdown", 0.0, 0.0, 0.3, 0.005)
+    return guessing(panel, question, lambda metric, gepa: round(warmdown_gains(shown(gepa), events)["gain"].mean(), 3))

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
+from golfbook.analysis.optimizers import share_in_band
 from golfbook.plots.style import BLACK, BLUE, GREY, LIGHT, ORANGE, RED, SKY, Picture, new, styled
 
 SMALLEST = 1e-4  # of a singular value in a picture; smaller ones lie on the edge
@@ -90,9 +91,8 @@ def newton_schulz(
     right.plot(order, values[step], color=BLUE, label=f"after {step} step{'' if step == 1 else 's'}")
     right.axhline(1, color=RED, linestyle="--", linewidth=1.2, label="exactly orthogonal")
     now = values[step]
-    near = float(((now > 0.7) & (now < 1.3)).mean())
     right.set(yscale="log", ylim=(floor * 0.8, 3), xlabel="direction, largest singular value first", ylabel="size")
-    right.set_title(f"n = {len(now)}, median {np.median(now):.2g}, {near:.0%} in 0.7 to 1.3")
+    right.set_title(f"n = {len(now)}, median {np.median(now):.2g}, {share_in_band(now):.0%} in 0.7 to 1.3")
     right.legend(loc="lower left", fontsize=9)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
@@ -118,10 +118,9 @@ def newton_schulz_moment(
         y = np.exp(before + (after - before) * min(1.0, 2 * part))
         _draw_map(axes, coefficients[step], floor)
         axes.scatter(x, y, s=14, color=BLUE, zorder=3)
-        near = float(((y > 0.7) & (y < 1.3)).mean())
         done = step + 1 if part >= 1 else step
         steps = f"{done} of {len(coefficients)} steps"
-        axes.set_title(f"{name}: {steps}\n{near:.0%} of n = {len(y)} in 0.7 to 1.3", fontsize=11)
+        axes.set_title(f"{name}: {steps}\n{share_in_band(y):.0%} of n = {len(y)} in 0.7 to 1.3", fontsize=11)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     return figure
 

@@ -29,6 +29,7 @@ from golfbook.files import (
     atomic_write_bytes,
     atomic_write_json,
     figures_root,
+    log_tail,
     project_root,
     read_json,
     runs_root,
@@ -303,15 +304,6 @@ def describe_exit(code: int) -> str:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return f"the process was killed by {name}, perhaps for lack of memory"
     return f"the process ended with status {code}"
-
-
-def log_tail(path: Path) -> str:
-    """Read the last five lines of a log file, indented, for messages; empty where there is none."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    return "".join(f"\n    {line}" for line in text.strip().splitlines()[-5:])
 
 
 def error_path(log: Path) -> Path:

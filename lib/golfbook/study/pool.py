@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from golfbook.config.tables import EXECUTORS, named
-from golfbook.files import figures_root, sha256_file
+from golfbook.files import figures_root, log_tail, sha256_file
 from golfbook.machine import visible_gpus
 from golfbook.provenance import code_sha256
 from golfbook.run import Run, create_run, list_runs
 from golfbook.study.estimates import uses_gpu
 from golfbook.study.interrupts import Interrupts
-from golfbook.study.notebook import describe_exit, error_path, log_tail, note_failure, read_figure_record, stage_log
+from golfbook.study.notebook import describe_exit, error_path, note_failure, read_figure_record, stage_log
 from golfbook.study.plan import Plan, notebook_path
 from golfbook.study.processes import Executor, Stage
 from golfbook.study.progress import Figure, Progress, Report, RunStatus, State, doing

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from golfbook import activity, compute
 from golfbook.compute import Choices
-from golfbook.config.load import load_config
+from golfbook.config.load import validate
 from golfbook.errors import GolfbookError
 from golfbook.files import atomic_write_json, cache_root, canonical_json, read_json, sha256_bytes
 from golfbook.model import attention
@@ -40,6 +40,13 @@ TRIAL = "products of 256 x 256"
 FILE = "choices.json"
 SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 LENGTHS = {"short": 256, "long": 2048}
+TRIAL_MODELS: dict[str, dict[str, Any]] = {
+    "short": {  # that of the preset quickstart
+        **{"num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0, "rope_dims": 16},
+        **{"xsa": 2, "bigram": {"vocab_size": 1024, "dim": 32}, "value_embedding": {"dim": 32, "layers": [-2, -1]}},
+    },
+    "long": {"num_layers": 1, "xsa": 1, "value_embedding": {"layers": [0]}},
+}
 Call = Callable[[], object]
 log = logging.getLogger(__name__)
 
@@ -309,11 +316,8 @@ def _attention(device: torch.device, dtype: torch.dtype, training: bool, length:
 
 
 def _step(length: str, precision: str, device: torch.device) -> Call:
-    """Return a forward and backward pass of the quickstart on short sequences, of one published layer on long ones."""
-    overrides: dict[str, Any] = {"machine.precision": precision}
-    if length == "long":
-        overrides |= {"model.num_layers": 1, "model.xsa": 1, "model.value_embedding.layers": [0]}
-    config = load_config("quickstart" if length == "short" else "pr1166_11l_base", overrides=overrides)
+    """Return a forward and backward pass of a small model on short sequences, of one published layer on long ones."""
+    config = validate({"model": TRIAL_MODELS[length], "machine": {"precision": precision}})
     model = initialise(GPT(config.model), 0)
     step = TrainingStep(model, config, device)
     shape = (4, 256) if length == "short" else (1, 1024)

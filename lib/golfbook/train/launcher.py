@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from golfbook.errors import RunError
-from golfbook.files import atomic_write_json, folders, project_root, read_json
+from golfbook.files import atomic_write_json, folders, log_tail, project_root, read_json
 from golfbook.run import Run
 
 Update = Callable[[list[dict[str, Any]]], None]
@@ -129,7 +129,7 @@ def follow(run: Run, on_update: Update | None = None, poll: float = 0.5) -> dict
         raise RunError(f"training of {run.name} failed: {result['message']}")
     raise RunError(
         f"training of {run.name} ended without a result ({_cause(run)}); run it again to resume. Last lines of "
-        f"{run.log_path}:\n{log_tail(run)}"
+        f"{run.log_path}:{log_tail(run.log_path, 12)}"
     )
 
 
@@ -213,10 +213,3 @@ def trained_steps(run: Run) -> int:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             return min(int(json.loads(line)["step"]), run.config.train.steps)
     return 0
-
-
-def log_tail(run: Run, lines: int = 12) -> str:
-    """Read the last lines of the run's log."""
-    with contextlib.suppress(OSError):
-        return "\n".join(run.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-    return "(no log)"

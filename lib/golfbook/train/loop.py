@@ -315,12 +315,17 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m golfbook.train.loop RUN_FOLDER", file=sys.stderr)
         return 2
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run = open_run(arguments[0])
     if "TORCHELASTIC_RUN_ID" in os.environ:
         exit_with_parent()
         if not is_launcher_of(run, os.getppid()):  # it died before this process began to watch it
             return 3
+    return train(run)
+
+
+def train(run: Run) -> int:
+    """Train a run in this process, which is one of ``machine.processes``; return the exit status."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
         activity.record_in(run.path, "starting the trainer")
     try:
