@@ -103,7 +103,7 @@ def test_blocks_change_nothing(block):
 def test_factor_gives_the_gram_back_and_the_loss_of_an_error():
     raw = gram(inputs(120, 60, 3))
     factor = reverse_factor(raw, 0.02, dtype=torch.float64)
-    hessian = raw.double() + 0.02 * raw.double().diagonal().mean() * torch.eye(120)
+    hessian = raw.double() + 0.02 * raw.double().diagonal().mean() * torch.eye(120, dtype=torch.float64)
     assert torch.equal(factor, factor.tril())
     torch.testing.assert_close(factor.T @ factor, hessian, rtol=1e-12, atol=1e-12)
     error = torch.randn(5, 120, dtype=torch.float64)
@@ -117,11 +117,11 @@ def test_feedback_takes_error_from_the_outputs():
     weight, raw = torch.randn(30, 64, generator=torch.Generator().manual_seed(0)), gram(inputs(64, 500, 1))
     steps = torch.full((30, 1), 0.4)
     factor = reverse_factor(raw, DAMPING, dtype=torch.float64)
-    rounded = (weight / steps).round().clamp(-7, 7)
-    losses = [output_loss(weight - q * steps, factor) for q in (feedback(weight, steps, factor, 7), rounded)]
-    assert losses[0] < 0.5 * losses[1]
+    rounded = (weight / steps).round().clamp(-31, 31)
+    losses = [output_loss(weight - q * steps, factor) for q in (feedback(weight, steps, factor, 31), rounded)]
+    assert losses[0] < 0.7 * losses[1]
     alone = reverse_factor(torch.diag(torch.rand(64) + 0.1), DAMPING)
-    assert torch.equal(feedback(weight, steps, alone, 7).float(), rounded)
+    assert torch.equal(feedback(weight, steps, alone, 31).float(), rounded)
 
 
 def test_what_is_no_matrix_with_a_gram_is_stored_as_by_pr1166():
@@ -161,4 +161,6 @@ def test_broken_statistics_name_the_tensor():
         (good - 2, r"'blocks.0.mlp.fc'.*not positive definite"),
     ):
         with pytest.raises(RunError, match=reason):
-            quantize({"blocks.0.mlp.fc": weight}, {"blocks.0.mlp.fc": "mlp"}, config, {"blocks.0.mlp.fc": {"gram": bad}})
+            quantize(
+                {"blocks.0.mlp.fc": weight}, {"blocks.0.mlp.fc": "mlp"}, config, {"blocks.0.mlp.fc": {"gram": bad}}
+            )

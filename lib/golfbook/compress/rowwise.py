@@ -80,9 +80,7 @@ def quantize_matrix(
     return found
 
 
-def row_scales(
-    weight: Tensor, qmax: int, scale_floor: bool, percentiles: Sequence[float] = CLIP_PERCENTILES
-) -> Tensor:
+def row_scales(weight: Tensor, qmax: int, scale_floor: bool, percentiles: Sequence[float] = CLIP_PERCENTILES) -> Tensor:
     """Return float16 scales that reach the quantiles of ``|w|`` of each row, (percentiles, rows)."""
     return (row_quantiles(weight.abs(), percentiles) / qmax).clamp_min(_floor(qmax, scale_floor)).half()
 
