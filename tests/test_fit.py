@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import lzma
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -342,4 +341,3 @@ def test_scales_shrink_the_calibration_of_presets_that_have_one():
         assert load_config("pr1406", scale=scale).quantize.calibration.sequences == 32
         assert not load_config("pr1166_e2e_ttt_flow", scale=scale).quantize.calibrated
     assert not load_config("pr1406").quantize.calibration.recurrence
-    assert re.match("gptq", load_config("pr1406").quantize.quantizer)

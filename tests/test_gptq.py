@@ -94,10 +94,10 @@ def test_blocks_change_nothing(block):
     factor = reverse_factor(gram(inputs(200, 400, 0)), 0.01, dtype=torch.float64)
     steps = torch.rand(20, 200, generator=torch.Generator().manual_seed(1)) + 0.1
     for chosen in (steps, steps[:, :1], steps[:1]):
-        assert torch.equal(
-            feedback(weight, chosen, factor, 9, block), feedback(weight, chosen.expand_as(weight), factor, 9)
-        )
-    assert feedback(weight, steps / 1000, factor, 30000).abs().max() > 1000
+        q, error = feedback(weight, chosen, factor, 9, block)
+        assert torch.equal(q, feedback(weight, chosen.expand_as(weight), factor, 9)[0])
+        assert torch.equal(error, weight.double() - q * chosen.double())
+    assert feedback(weight, steps / 1000, factor, 30000)[0].abs().max() > 1000
 
 
 def test_factor_gives_the_gram_back_and_the_loss_of_an_error():
@@ -118,10 +118,12 @@ def test_feedback_takes_error_from_the_outputs():
     steps = torch.full((30, 1), 0.4)
     factor = reverse_factor(raw, DAMPING, dtype=torch.float64)
     rounded = (weight / steps).round().clamp(-31, 31)
-    losses = [output_loss(weight - q * steps, factor) for q in (feedback(weight, steps, factor, 31), rounded)]
+    losses = [
+        output_loss(error, factor) for error in (feedback(weight, steps, factor, 31)[1], weight - rounded * steps)
+    ]
     assert losses[0] < 0.7 * losses[1]
     alone = reverse_factor(torch.diag(torch.rand(64) + 0.1), DAMPING)
-    assert torch.equal(feedback(weight, steps, alone, 31).float(), rounded)
+    assert torch.equal(feedback(weight, steps, alone, 31)[0].float(), rounded)
 
 
 def test_what_is_no_matrix_with_a_gram_is_stored_as_by_pr1166():

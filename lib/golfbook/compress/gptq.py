@@ -21,7 +21,7 @@ from golfbook.errors import RunError
 from golfbook.model.component import Storage
 
 DAMPING = 1.005**2 - 1  # PR 1406 damps by 0.005 of the mean diagonal when it has gathered H, and once more (14.3, 15.1)
-BLOCK = 64  # columns between two products with all columns before them
+BLOCK = 8  # columns that are rounded between two products with the errors of columns before them
 LEAST_MEAN = 1e-6  # of a diagonal: a layer whose inputs are all zero has a factor too (section 14.3)
 
 
@@ -69,7 +69,7 @@ def gptq_matrix(
             f"cannot quantise tensor '{name}': its Gram matrix must be {columns} x {columns} finite numbers, found "
             f"shape {tuple(gram.shape)}"
         )
-    gram = gram.to(weight.device, torch.float64)
+    gram = gram.to(weight.device)
     order = gram.diagonal().argsort(descending=True, stable=True)
     factor = reverse_factor(gram[order][:, order], DAMPING, name=name, dtype=torch.float64)
     scales = row_scales(weight, qmax, scale_floor).T  # (rows, clips) float16
@@ -77,9 +77,9 @@ def gptq_matrix(
     fresh = torch.ones_like(scales, dtype=torch.bool)
     fresh[:, 1:] = scales[:, 1:] != scales[:, :-1]
     row = fresh.nonzero()[:, 0]
-    ordered, steps = weight[row][:, order].double(), scales[fresh].double()[:, None]  # (tries, columns), (tries, 1)
-    q = feedback(ordered, steps, factor, qmax)
-    errors = (ordered - q * steps).square().mean(dim=1)  # (tries,)
+    # (tries, columns), (tries, 1)
+    q, error = feedback(weight[:, order][row], scales[fresh][:, None], factor, qmax)
+    errors = error.square().mean(dim=1)  # (tries,)
     tried = (fresh.flatten().cumsum(0) - 1).view_as(fresh)  # (rows, clips) -> the try that has this row and scale
     best = int(errors[tried].mean(dim=0).argmin())  # the first of equals
     return q[tried[:, best]][:, order.argsort()].to(torch.int8), scales[:, best].contiguous()
@@ -103,28 +103,36 @@ def reverse_factor(gram: Tensor, damping: float, *, name: str = "weight", dtype:
     return factor.T.flip((0, 1)).to(dtype).contiguous()
 
 
-def feedback(weight: Tensor, steps: Tensor, factor: Tensor, qmax: int, block: int = BLOCK) -> Tensor:
-    """Round columns from first to last with error feedback; return integers from -qmax to qmax, int16.
+def feedback(weight: Tensor, steps: Tensor, factor: Tensor, qmax: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """Round columns from first to last with error feedback; return int16 integers from -qmax to qmax, and the error.
 
     ``weight`` (rows, columns); ``steps`` broadcasts to it: (rows, 1), (1, columns) or all; ``factor`` is the lower
-    triangular (columns, columns) of :func:`reverse_factor` in the same order of columns, and its dtype is that of the
-    arithmetic. ``block`` changes speed alone: errors before a block of columns reach it in one product.
+    triangular (columns, columns) of :func:`reverse_factor` in the same order of columns. Its dtype is that of the
+    arithmetic and of the error ``weight - q * steps``. ``block`` changes speed alone: the columns that are rounded
+    between two products with the errors before them.
     """
     ratio = factor / factor.diagonal()[:, None]
     # a column of the matrix is a row here, contiguous in memory
     target = weight.T.to(factor.dtype).contiguous()  # (columns, rows)
     step = steps.to(factor.dtype).expand(weight.shape).T
-    error = torch.empty_like(target)
+    wanted, error = target.clone(), torch.empty_like(target)
     q = torch.empty(target.shape, dtype=torch.int16, device=weight.device)
-    for first in range(0, len(target), block):
-        last = min(first + block, len(target))
-        wanted = torch.addmm(target[first:last], ratio[first:last, :first], error[:first])  # (block, rows)
+
+    def columns(first: int, last: int) -> None:
+        if last - first > block:  # the first half, what its errors ask of the second in one product, the second half
+            middle = (first + last) // 2
+            columns(first, middle)
+            wanted[middle:last].addmm_(ratio[middle:last, first:middle], error[first:middle])
+            columns(middle, last)
+            return
         for i in range(first, last):
-            best = torch.addmv(wanted[i - first], error[first:i].T, ratio[i, first:i])
+            best = torch.addmv(wanted[i], error[first:i].T, ratio[i, first:i])
             rounded = best.div_(step[i]).round_().clamp_(-qmax, qmax)
             torch.addcmul(target[i], rounded, step[i], value=-1, out=error[i])
             q[i] = rounded
-    return q.T.contiguous()
+
+    columns(0, len(target))
+    return q.T.contiguous(), error.T
 
 
 def output_loss(error: Tensor, factor: Tensor) -> float:
