@@ -245,7 +245,8 @@ def test_quantisers_differ_in_their_clip_alone():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) ** 3)
-    one, two = (quantize_model(model, QuantizeConfig(quantizer=name, passthrough_numel=4096)) for name in QUANTIZERS)
+    rules = ("percentiles", "row_maximum")
+    one, two = (quantize_model(model, QuantizeConfig(quantizer=name, passthrough_numel=4096)) for name in rules)
     changed = {name for name in one if not torch.equal(one[name].dequantize(), two[name].dequantize())}
     assert changed and all(model_facts(model.config)[name].storage in ("matrix", "mlp") for name in changed)
 

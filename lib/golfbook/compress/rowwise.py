@@ -65,14 +65,10 @@ def quantize_matrix(
         scale = torch.where(largest > 0, largest / qmax, torch.ones_like(largest)).half()
         scale = scale.clamp_min(SMALLEST_SCALE)
         return _round(weight / scale.float(), qmax), scale
-    magnitude = weight.abs()
-    clips = [magnitude.amax(dim=1)]
-    if clip_search:
-        clips = [*row_quantiles(magnitude, CLIP_PERCENTILES[:-1]), *clips]
+    scales = row_scales(weight, qmax, scale_floor, CLIP_PERCENTILES if clip_search else (1.0,))
     found: tuple[Tensor, Tensor] | None = None
     least, previous = float("inf"), None
-    for clip in clips:
-        scale = (clip / qmax).clamp_min(_floor(qmax, scale_floor)).half()
+    for scale in scales:
         if previous is not None and torch.equal(scale, previous):
             continue  # the same candidate again: a tie, which the earlier one wins
         previous = scale
@@ -82,6 +78,11 @@ def quantize_matrix(
             found, least = (q, scale), error
     assert found is not None
     return found
+
+
+def row_scales(weight: Tensor, qmax: int, scale_floor: bool, percentiles: Sequence[float] = CLIP_PERCENTILES) -> Tensor:
+    """Return float16 scales that reach the quantiles of ``|w|`` of each row, (percentiles, rows)."""
+    return (row_quantiles(weight.abs(), percentiles) / qmax).clamp_min(_floor(qmax, scale_floor)).half()
 
 
 def quantize_other(weight: Tensor, bits: int, *, scale_floor: bool = True) -> tuple[Tensor, Tensor]:

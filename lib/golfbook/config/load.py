@@ -60,6 +60,8 @@ def load_config(
         overlay = _read_scale(scale)
         if (tree.get("data") or {}).get("source", "pydocs") in ("text", "shards"):
             del overlay["data"]  # your own text stays your own text
+        if "calibration" not in (tree.get("quantize") or {}):
+            overlay["quantize"].pop("calibration", None)  # a quantiser that looks at weights alone takes none
         _overlay(tree, overlay)
         tree["preset"] = f"{tree.get('preset', 'custom')}-{scale}"
     for key, value in (overrides or {}).items():

@@ -254,6 +254,11 @@ class QuantizeConfig(Section):
         fits = {"percentiles": ("none",), "row_maximum": ("none", "ladder"), "gptq": ("none", "prune")}
         if self.fit not in fits.get(self.quantizer, ("none", "solve")):
             raise ValueError(f"quantize.fit '{self.fit}' is not made for quantize.quantizer '{self.quantizer}'")
+        if self.fit == "ladder" and (self.coder != "zstd" or self.matrix_bits <= 5):
+            raise ValueError(
+                "quantize.fit 'ladder' tries levels of zstd and 5 bits: it needs quantize.coder 'zstd' and "
+                "quantize.matrix_bits above 5"
+            )
 
     @property
     def calibrated(self) -> bool:
@@ -261,6 +266,11 @@ class QuantizeConfig(Section):
         weights_alone = self.rate.rule in ("row_maximum", "percentiles", "k_sigma", "equal")
         rate = self.quantizer == "rate_distortion" and (self.rate.feedback != "none" or not weights_alone)
         return rate or self.quantizer == "gptq"
+
+    @property
+    def weights_alone(self) -> bool:
+        """Return whether each stored value follows from its tensor alone, so that a training step can rehearse it."""
+        return not self.calibrated and (self.quantizer != "rate_distortion" or self.rate.states == 1)
 
 
 class ScoreConfig(Section):
@@ -306,6 +316,14 @@ class Config(Section):
             )
         if self.score.stride > self.window:
             raise ValueError(f"score.stride {self.score.stride} is more than the window of {self.window} tokens")
+        if train.qat.start and train.qat.rule == "exported" and not self.quantize.weights_alone:
+            raise ValueError(
+                f"train.qat.rule 'exported' cannot rehearse quantize.quantizer '{self.quantize.quantizer}': its "
+                "integers depend on a calibration text or on a trellis, not on a step's weights alone; set "
+                "train.qat.start: 0, train.qat.rule: published, or quantize.quantizer: percentiles or row_maximum (of "
+                "rate_distortion: rate.rule k_sigma, row_maximum, percentiles or equal, rate.feedback: false, "
+                "rate.states: 1)"
+            )
         return self
 
     @property

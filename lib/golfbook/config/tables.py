@@ -15,6 +15,7 @@ from golfbook.errors import ConfigError, nearest
 QUANTIZERS = {
     "percentiles": "compress.rowwise.percentiles",
     "row_maximum": "compress.rowwise.row_maximum",
+    "gptq": "compress.gptq.gptq",
     "rate_distortion": "compress.rate_distortion.rate_distortion",
 }
 # study.processes.Executor

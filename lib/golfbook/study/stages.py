@@ -51,10 +51,10 @@ def run_quantization(run: Run) -> dict[str, Any]:
         trained = load_model(run)
         checkpoint_hash = sha256_file(run.checkpoint_path)
         started = time.perf_counter()
-        quantized = export(run.artifact_path, trained, config, data.tokenizer.sha256)
+        fitted = export(run.artifact_path, trained, config, data.tokenizer.sha256)
         seconds = time.perf_counter() - started
         atomic_write_bytes(run.tokenizer_path, data.tokenizer.path.read_bytes())
-        trained.load_state_dict(dequantize(quantized), strict=config.model.mtp.num_heads == 0)
+        trained.load_state_dict(dequantize(fitted.quantized), strict=config.model.mtp.num_heads == 0)
         in_memory = _score(run, trained, data, config.window)
         loaded = read_artifact(run.artifact_path)
         reloaded = _score(run, loaded.build(), data, config.window)
