@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,11 +37,12 @@ def transitions(states: int) -> Tensor:
 
 def points(q: Tensor, states: int) -> Tensor:
     """Return ``p = 2 q + z0`` of stored integers q (rows, columns), int32; walks each row from its first column."""
-    table = transitions(states)
-    state = torch.zeros(q.size(0), dtype=torch.int64)
-    out = torch.empty(q.shape, dtype=torch.int32)
-    for j in range(q.size(1)):
-        column = q[:, j].int()
-        out[:, j] = 2 * column + (state % 2)
-        state = table[state, column.long() % 2]
-    return out
+    following = transitions(states).numpy().astype(np.int32).ravel()  # at 2 * state + z1
+    state = np.zeros(q.size(0), np.int32)
+    columns = q.T.contiguous().numpy().astype(np.int32)  # whole columns: the walk reads and writes runs of memory
+    for column in columns:
+        free = column & 1
+        column *= 2
+        column += state & 1
+        state = following[2 * state + free]
+    return torch.from_numpy(columns).T.contiguous()
