@@ -55,8 +55,8 @@ def prior(context: int) -> np.ndarray:
     return np.array([*counts, UNIT // 8], np.int64)
 
 
-def fit(squares: np.ndarray, side_bits: float = 2.5) -> tuple[np.ndarray, np.ndarray]:
-    """Return the classes of rows and columns, int16, that code a matrix in the fewest bits, side information included.
+def fit(squares: np.ndarray, side_bits: float = 2.5) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the classes of rows and columns, int16, that code a matrix in the fewest bits, and about how many.
 
     ``squares`` (rows, columns) float64 are whole: of 2q + z0, so sums are exact in any order of adding. Tried are one
     class for all, one a row, one a column, and both; a vector that varies costs ``side_bits`` an entry.
@@ -82,7 +82,7 @@ def fit(squares: np.ndarray, side_bits: float = 2.5) -> tuple[np.ndarray, np.nda
         side = side_bits * sum(len(v) for v in (a, b) if v.min() != v.max())
         costs.append(squares.size * spread / 4 + error + side)
     a, b = tries[int(np.argmin(costs))]
-    return a.astype(np.int16), b.astype(np.int16)
+    return a.astype(np.int16), b.astype(np.int16), min(costs)
 
 
 def _classes(mean: np.ndarray) -> np.ndarray:

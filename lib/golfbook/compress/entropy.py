@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -36,10 +37,10 @@ class Walk:
     def __init__(self, port: Port) -> None:
         self.port, self.tables, self.check = port, dict[object, Table](), 0
 
-    def table(self, key: object, make: Callable[[], Table]) -> Table:
-        """Return the table of ``key``, made by ``make`` at its first use."""
+    def table(self, key: object, start: Callable[[], np.ndarray], mirrored: bool = False) -> Table:
+        """Return the table of ``key``, made from the counts ``start()`` at its first use."""
         if key not in self.tables:
-            self.tables[key] = make()
+            self.tables[key] = Table(start(), mirrored)
         return self.tables[key]
 
     def tensor(self, entry: Entry, arrays: Arrays) -> Arrays:
@@ -71,7 +72,7 @@ class Walk:
                 out[:] = seen[times.argmax()]
                 marks = (given != out).astype(np.int32)
             out[:] = self._planes(field, out[:1], dtype, 1)[0]
-            others = self.port.code(self.table(("marks", dtype), lambda: Table(np.full(2, UNIT))), marks, count) == 1
+            others = self.port.code(self.table(("marks", dtype), partial(np.full, 2, UNIT)), marks, count) == 1
         out[others] = self._planes(field, None if given is None else given[others], dtype, int(others.sum()))
         return out.view(dtype)
 
@@ -81,7 +82,8 @@ class Walk:
             planes[:] = values.reshape(-1, 1).view(np.uint8)
         for plane in reversed(range(dtype.itemsize)):
             # low bytes are noise: to be learnt slowly
-            table = self.table((field, dtype, plane), lambda p=plane: Table(np.full(256, UNIT // 16 if p % 2 else 8 * UNIT)))
+            weight = UNIT // 16 if plane == dtype.itemsize - 1 else 8 * UNIT
+            table = self.table((field, dtype, plane), partial(np.full, 256, weight))
             symbols = None if self.port.reads else planes[:, plane].astype(np.int32)
             planes[:, plane] = self.port.code(table, symbols, count)
         return planes.view(f"<u{dtype.itemsize}").ravel()
@@ -101,7 +103,7 @@ class Walk:
         if not mode:
             return np.full(count, base)
         shape = np.array([UNIT * 8 // (1 + k) ** 2 + 2 for k in range(ALPHABET)])
-        table = self.table((role, mode), lambda: Table(shape))
+        table = self.table((role, mode), lambda: shape)
         folded = np.where(steps < 0, -2 * steps - 1, 2 * steps)
         given = None if values is None else np.minimum(folded, ALPHABET - 1).astype(np.int32)
         found = self.port.code(table, given, count).astype(np.int64)
@@ -117,7 +119,7 @@ class Walk:
 
     def number(self, key: object, value: int, size: int) -> int:
         """Pass one number from 0 to ``size - 1``."""
-        table = self.table(key, lambda: Table(np.full(size, UNIT // 2)))
+        table = self.table(key, partial(np.full, size, UNIT // 2))
         return int(self.port.code(table, None if self.port.reads else np.array([value], np.int32), 1)[0])
 
     def integers(self, entry: Entry, q: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
@@ -125,8 +127,7 @@ class Walk:
         rows, columns = matrix(entry.shape)
         a = b = alike = None
         if q is not None:
-            q, alike = differences(q.reshape(rows, columns), entry.states)
-            a, b = classes(q, entry.states)
+            q, alike, a, b = described(q.reshape(rows, columns), entry.states)
         if entry.states == 1:
             alike = self.vector("alike", alike, rows, 0, 1) == 1
         a = self.vector("class of a row", a, rows, 0, CLASSES - 1).astype(np.int16)
@@ -173,7 +174,7 @@ class Walk:
         start = 0
         for context in used.tolist():
             stop = start + int(sizes[context])
-            table = self.table(context, lambda c=context: Table(prior(c), mirrored=True))
+            table = self.table(context, partial(prior, context), mirrored=True)
             bound, half = int(BOUNDS[context]), int(HALVES[context])
             given = None
             if high is not None:
@@ -201,7 +202,7 @@ class Walk:
             negative = values < 0
             distance = np.where(negative, -values - halves, values) - limits  # at least 1
             given = (2 * np.frexp(distance)[1] + negative).astype(np.int32)
-        table = self.table("escapes", lambda: Table(np.full(36, UNIT // 4)))
+        table = self.table("escapes", partial(np.full, 36, UNIT // 4))
         kinds = self.port.code(table, given, len(limits))
         lengths = kinds >> 1
         if lengths.min() < 1:
@@ -257,31 +258,33 @@ def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
 
 
-def differences(q: np.ndarray, states: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return integers (rows, columns) int32 with rows that are nearly alike replaced, and which those are (rows,) bool.
+def described(q: np.ndarray, states: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return what is sent of integers (rows, columns): integers, rows alike (rows,) bool, classes of rows and columns.
 
-    Rows of tokens that training never saw end up alike. Each of them but the first stands as its difference from the
-    one before. Looked for is one group, around one of some rows that are tried; a trellis has its own walk in each row.
+    Rows of tokens that training never saw end up alike. Each of them but the first is sent as its difference from the
+    one before, where that pays. A trellis has its own walk in each row, so there it is not tried.
     """
-    out, alike = q.astype(np.int32), np.zeros(len(q), bool)
-    if states > 1 or len(q) < 4:
-        return out, alike
+    exact = q.astype(np.int32)
+    doubled = 2.0 * exact if states == 1 else points(torch.from_numpy(exact), states).numpy().astype(np.float64)
+    a, b, bits = fit(doubled * doubled)
+    alike = np.zeros(len(q), bool) if states > 1 else _alike(exact)
+    if alike.sum() > 1:
+        less = exact.copy()
+        less[alike] = np.diff(less[alike], axis=0, prepend=0)
+        fewer_a, fewer_b, fewer_bits = fit((2.0 * less) ** 2)
+        if fewer_bits + len(q) < bits:
+            return less, alike, fewer_a, fewer_b
+    return exact, np.zeros(len(q), bool), a, b
+
+
+def _alike(q: np.ndarray) -> np.ndarray:
+    """Return the largest group of rows close to one of some rows that are tried."""
     exact = q.astype(np.float64)
     tried = exact[:: max(1, len(q) // TRIED)]
     energy = (exact**2).sum(1)
     apart = energy[:, None] - 2 * exact @ tried.T + (tried**2).sum(1)
     close = apart < energy.mean() / 4
-    best = close[:, close.sum(0).argmax()]
-    if best.sum() > 1:
-        alike = best
-        out[alike] = np.diff(out[alike], axis=0, prepend=0)
-    return out, alike
-
-
-def classes(q: np.ndarray, states: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the classes of the rows and columns of integers (rows, columns), as :func:`contexts.fit` finds them."""
-    doubled = 2.0 * q if states == 1 else points(torch.from_numpy(q), states).numpy().astype(np.float64)
-    return fit(doubled * doubled)
+    return close[:, close.sum(0).argmax()]
 
 
 def _through(port: Port, tensors: Sequence[QuantizedTensor]) -> Walk:
