@@ -1,8 +1,8 @@
-"""Adaptive tables of counts, and the three who use them: a writer, a reader, and a meter that only counts bits.
+"""Adaptive tables of counts, and those who use them: a writer and a reader.
 
 Everything between a table and the bits is exact, so that what one machine writes every other reads: counts and
 frequencies are integers that sum to 2^20, and the range coder is handed their quotient by 2^20 in float64, which is
-exact, as are its products with numbers below 2^24. Nothing here calls a function of libm but the meter.
+exact, as are its products with numbers below 2^24. Nothing here calls a function of libm.
 
 A table is refreshed when what waits is an eighth of what it has seen. No frequency exceeds 2^(-1/64) of the total: a
 symbol costs at least 1/64 bit, and a reader can refuse a table of contents that declares more than
@@ -142,21 +142,3 @@ class Reader(Port):
         """Check that nothing is left."""
         if not self.coder.maybe_exhausted():
             raise ValueError("it holds more data than it declares")
-
-
-class Meter(Port):
-    """Adds up what symbols would cost; ``bits`` is the cross-entropy under the tables."""
-
-    def __init__(self) -> None:
-        self.bits = 0.0
-
-    def _pass(self, table: Table, symbols: np.ndarray | None, count: int) -> np.ndarray:
-        assert symbols is not None
-        used = np.bincount(symbols, minlength=len(table.counts))
-        self.bits += float(used @ (np.log2(TOTAL) - np.log2(table.frequencies)))
-        return symbols
-
-    def plain(self, bits: int, symbols: np.ndarray | None, count: int) -> np.ndarray:
-        assert symbols is not None
-        self.bits += bits * count
-        return symbols

@@ -19,7 +19,7 @@ import torch
 
 from golfbook.compress.coders import Entry, arrays_of, assemble, entry_of, parts
 from golfbook.compress.contexts import BOUNDS, CLASSES, HALVES, SHIFTS, fit, prior
-from golfbook.compress.counts import UNIT, VALUES_PER_BYTE, Meter, Port, Reader, Table, Writer
+from golfbook.compress.counts import UNIT, VALUES_PER_BYTE, Port, Reader, Table, Writer
 from golfbook.compress.quantizer import QuantizedTensor
 from golfbook.compress.trellis import points, transitions
 
@@ -223,7 +223,7 @@ class EntropyCoder:
         """Return the coded bytes of ``tensors``; raises ValueError where trellises have too many columns."""
         _check_columns([entry_of(tensor) for tensor in tensors])
         writer = Writer()
-        walk = _through(writer, tensors)
+        walk = through(writer, tensors)
         return CHECK.pack(walk.check) + writer.data()
 
     def decode(self, stream: memoryview, table: Sequence[Entry]) -> dict[str, QuantizedTensor]:
@@ -246,16 +246,19 @@ class EntropyCoder:
 ENTROPY = EntropyCoder()
 
 
-def cross_entropy_bits(tensors: Sequence[QuantizedTensor]) -> float:
-    """Return the bits that the models of the coder give ``tensors``: what an ideal coder under them would spend."""
-    meter = Meter()
-    _through(meter, tensors)
-    return meter.bits
-
-
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the rows and columns that a tensor of any shape is coded as."""
     return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
+
+
+def vector_bits(values: np.ndarray) -> float:
+    """Return about the bits that whole numbers take: next to nothing where they are all the same."""
+    return min(_entropy(values), _entropy(np.diff(values.astype(int)))) if np.ptp(values.astype(int)) else 0.0
+
+
+def _entropy(values: np.ndarray) -> float:
+    counts = np.unique(values, return_counts=True)[1]
+    return float((counts * np.log2(len(values) / counts)).sum() + 2 * len(counts))
 
 
 def described(q: np.ndarray, states: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -287,7 +290,8 @@ def _alike(q: np.ndarray) -> np.ndarray:
     return close[:, close.sum(0).argmax()]
 
 
-def _through(port: Port, tensors: Sequence[QuantizedTensor]) -> Walk:
+def through(port: Port, tensors: Sequence[QuantizedTensor]) -> Walk:
+    """Pass tensors through a port that writes or measures; return the walk, which knows their checksum."""
     walk = Walk(port)
     for tensor in tensors:
         walk.tensor(entry_of(tensor), {part.field: array for part, array in arrays_of(tensor)})
@@ -296,11 +300,6 @@ def _through(port: Port, tensors: Sequence[QuantizedTensor]) -> Walk:
 
 def _contexts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (np.clip(a + b, 0, CLASSES - 1) * 2).astype(np.uint8)
-
-
-def _entropy(values: np.ndarray) -> float:
-    counts = np.unique(values, return_counts=True)[1]
-    return float((counts * np.log2(len(values) / counts)).sum() + 2 * len(counts))
 
 
 def _check_columns(table: Sequence[Entry]) -> None:
