@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,24 +49,25 @@ def group_of(name: str) -> str:
 def group_bytes(quantized: Mapping[str, QuantizedTensor], config: QuantizeConfig) -> pd.DataFrame:
     """Count the bytes of integers and plain values by group, without scales.
 
-    Columns ``group``, ``nominal_bytes`` (one an integer), ``entropy_bytes`` and ``coded_bytes`` by the coder that
-    ``config`` names, each group alone. Plain values have no entropy here: their first two counts are equal.
+    Columns ``group``, ``nominal_bytes`` (one an integer, two a wide one), ``entropy_bytes`` and ``coded_bytes`` by the
+    coder that ``config`` names, each group alone. Plain values have no entropy here: their first two counts are equal.
     """
     coder: Coder = named(CODERS, config.coder)
-    raw: dict[str, bytes] = {}
-    least: dict[str, float] = {}
+    members: dict[str, list[QuantizedTensor]] = {}
     for name, tensor in quantized.items():
-        if tensor.q is None:
-            assert tensor.value is not None
-            group, data = PLAIN, tensor.value.numpy().tobytes()
-            bits = 8.0 * len(data)
-        else:
-            group, data = group_of(name), tensor.q.numpy().tobytes()
-            bits = entropy_bits(tensor.q) * tensor.q.numel()
-        raw[group] = raw.get(group, b"") + data
-        least[group] = least.get(group, 0.0) + bits / 8
-    order = [group for group in (*GROUPS, PLAIN) if group in raw]
-    rows = [(g, len(raw[g]), least[g], len(coder.encode(raw[g], config.coder_level))) for g in order]
+        if tensor.q is not None:  # one constant scale, which costs next to nothing
+            dtype = torch.float16 if tensor.kind == "step" else torch.float32
+            tensor = replace(tensor, scale=torch.zeros((), dtype=dtype), rows=None, columns=None)
+        members.setdefault(PLAIN if tensor.q is None else group_of(name), []).append(tensor)
+    rows = []
+    for group in (*GROUPS, PLAIN):
+        if not (tensors := members.get(group)):
+            continue
+        stored = [tensor.value if tensor.q is None else tensor.q for tensor in tensors]
+        nominal = sum(part.nbytes for part in stored if part is not None)
+        bits = sum(entropy_bits(tensor.q) * tensor.q.numel() for tensor in tensors if tensor.q is not None)
+        coded = len(coder.encode(tensors, config.coder_level))
+        rows.append((group, nominal, nominal if group == PLAIN else bits / 8, coded))
     return pd.DataFrame(rows, columns=["group", "nominal_bytes", "entropy_bytes", "coded_bytes"])
 
 

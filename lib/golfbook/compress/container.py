@@ -1,13 +1,13 @@
 """The artifact: a whole quantised model in one small file that is safe to read.
 
-Layout (integers little-endian): magic ``GOLF``, version u16, name of the coder (8 bytes, zeros after it), header length
-u32, raw length u32, stream length u32, SHA-256 of all the rest (32 bytes), then the coded stream. It holds a JSON
-header (model and quantiser settings, tokenizer hash, training window, table of tensors) and, in the order of the table:
-all integers one byte each, all scales, all float16 values, all float32 values. There is no bit packing: the coder does
-it (PR 1166 section 17.5).
+Layout (integers little-endian): magic ``GOLF``, version u16, name of the coder (8 bytes, zeros after it), lengths u32
+of the header as stored, of its text and of the coded stream, SHA-256 of all the rest (32 bytes), header, stream.
+The header is JSON (model and quantiser settings, tokenizer hash, training window, codes of the tensors), deflated. Its
+model says which tensors there are and in which order; what is stored of each says its code
+(:data:`golfbook.compress.coders.CODES`), and the coder knows the rest.
 
-Nothing is unpickled, and nothing is believed: sizes are bounded before memory is taken for them, and the table must be
-exactly the tensors that the model in the header has.
+Nothing is unpickled, and nothing is believed: sizes are bounded before memory is taken for them, and a
+model that only a huge machine could build is refused before it is built.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from golfbook.compress.coders import Coder
+from golfbook.compress.coders import CODES, Coder, Entry, deflate, entry_of, inflate
 from golfbook.compress.quantizer import QuantizedTensor, dequantize
 from golfbook.config.architecture import ModelConfig
 from golfbook.config.schema import QuantizeConfig
@@ -36,17 +35,12 @@ from golfbook.errors import ArtifactError
 from golfbook.files import atomic_write_bytes, canonical_json, sha256_bytes, sha256_file
 from golfbook.model.gpt import GPT, exported
 
-MAGIC, VERSION = b"GOLF", 2
+MAGIC, VERSION = b"GOLF", 3
 PREFIX = struct.Struct("<4sH8sIII32s")
 MAX_FILE_BYTES = 2**29
 MAX_HEADER_BYTES = 2**18
 MAX_VALUES = 2**27  # numbers in a model: 134 million, five times the largest published system
 MAX_LAYERS = 512
-# Code in the table -> dtype of the integers or values, dtype of the scales. "q6" and "s6" are integers of 6 bits with
-# float16 row scales, or with one float32 scale; "h" and "f" are plain float16 and float32.
-Code = Annotated[str, Field(pattern=r"^(h|f|[qs][3-8])$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,128}$")]
-Size = Annotated[int, Field(ge=1, le=MAX_VALUES)]
 
 
 class Header(BaseModel):
@@ -58,7 +52,7 @@ class Header(BaseModel):
     quantize: QuantizeConfig
     tokenizer: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     window: Annotated[int, Field(ge=1, le=2**20)]
-    tensors: list[tuple[Name, Code, Annotated[list[Size], Field(max_length=4)]]]
+    codes: list[Annotated[str, Field(pattern=rf"^({CODES.pattern})$")]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,22 +88,27 @@ def write_artifact(
     ``train_window`` is the length in tokens that the model was trained at, the natural window to score it with. Raises
     :class:`ArtifactError` where ``quantized`` is not exactly the tensors of ``model_config``.
     """
-    ordered = [quantized[name] for name in sorted(quantized)]
+    shapes = _shapes(model_config, "the model to write")
+    _check_tensors(quantized, shapes)
+    ordered = [quantized[name] for name in shapes]
     tree = {
         "model": model_config.model_dump(mode="json"),
         "quantize": quantize_config.model_dump(mode="json"),
         "tokenizer": tokenizer_sha256,
         "window": train_window,
-        "tensors": [[tensor.name, _code(tensor), list(tensor.shape)] for tensor in ordered],
+        "codes": [entry_of(tensor).code for tensor in ordered],
     }
     text = canonical_json(tree).encode()
-    _check_tensors(_parse_header(text, "the model to write"), "the model to write")
-    raw = b"".join([text, *_pack(ordered)])
+    _parse_header(text, "the model to write")
     coder: Coder = named(CODERS, quantize_config.coder)
-    stream, name = coder.encode(raw, quantize_config.coder_level), quantize_config.coder.encode()
-    lengths = (len(text), len(raw), len(stream))
-    digest = hashlib.sha256(PREFIX.pack(MAGIC, VERSION, name, *lengths, b"") + stream).digest()
-    data = PREFIX.pack(MAGIC, VERSION, name, *lengths, digest) + stream
+    try:
+        stream = coder.encode(ordered, quantize_config.coder_level)
+    except ValueError as error:
+        raise ArtifactError(f"the model to write cannot be coded: {error}") from None
+    header, name = deflate(text, 9), quantize_config.coder.encode()
+    lengths = (len(header), len(text), len(stream))
+    digest = hashlib.sha256(PREFIX.pack(MAGIC, VERSION, name, *lengths, b"") + header + stream).digest()
+    data = PREFIX.pack(MAGIC, VERSION, name, *lengths, digest) + header + stream
     atomic_write_bytes(path, data)
     return len(data)
 
@@ -127,29 +126,32 @@ def read_artifact(path: str | Path) -> Artifact:
         raise ArtifactError(f"{path} is not a golfbook artifact: it does not begin with {MAGIC.decode()}")
     if len(data) < PREFIX.size:
         raise ArtifactError(f"{path} is damaged: it ends inside its first {PREFIX.size} bytes")
-    _, version, name, header_length, raw_length, stream_length, digest = PREFIX.unpack_from(data)
+    _, version, name, stored_length, header_length, stream_length, digest = PREFIX.unpack_from(data)
     if version != VERSION:
         raise ArtifactError(f"{path} has artifact version {version}, this golfbook reads version {VERSION}")
-    found = len(data) - PREFIX.size
-    if found != stream_length:
-        raise ArtifactError(f"{path} is damaged: expected {stream_length} bytes after the prefix, found {found}")
-    stream = memoryview(data)[PREFIX.size :]
-    unsigned = PREFIX.pack(MAGIC, version, name, header_length, raw_length, stream_length, b"")
-    hasher = hashlib.sha256(unsigned)
-    hasher.update(stream)
+    found, expected = len(data) - PREFIX.size, stored_length + stream_length
+    if found != expected:
+        raise ArtifactError(f"{path} is damaged: expected {expected} bytes after the prefix, found {found}")
+    body = memoryview(data)[PREFIX.size :]
+    hasher = hashlib.sha256(PREFIX.pack(MAGIC, version, name, stored_length, header_length, stream_length, b""))
+    hasher.update(body)
     if hasher.digest() != digest:
         raise ArtifactError(f"{path} is damaged: its checksum does not match; copy or make it again")
-    if header_length > MAX_HEADER_BYTES or header_length > raw_length:
+    if header_length > MAX_HEADER_BYTES:
         raise ArtifactError(f"{path} declares a header of {header_length} bytes (limit {MAX_HEADER_BYTES})")
-    decoder = _Decoder(stream, name, path)
-    header = _parse_header(decoder.read(header_length), str(path))
-    _check_tensors(header, str(path))
-    expected = sum(_bytes_of(code, shape) for _, code, shape in header.tensors)
-    if expected != raw_length - header_length:
-        raise ArtifactError(f"{path}: its tensors need {expected} bytes, it declares {raw_length - header_length}")
-    body = decoder.read(expected)
-    decoder.finish()
-    quantized = _unpack(header, body, str(path))
+    coder = _coder(name, path)
+    header = _parse_header(_header_text(body[:stored_length], header_length, path), str(path))
+    shapes = _shapes(header.model, str(path))
+    if len(header.codes) != len(shapes):
+        raise ArtifactError(f"{path} has codes of {len(header.codes)} tensors, its model has {len(shapes)}")
+    table = [Entry(name, code, shape) for code, (name, shape) in zip(header.codes, shapes.items(), strict=True)]
+    for entry in table:
+        if entry.code[0] == "t" and len(entry.shape) != 2:
+            raise ArtifactError(f"{path}: tensor '{entry.name}' of kind step is no matrix")
+    try:
+        quantized = coder.decode(body[stored_length:], table)
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from None
     return Artifact(
         model_config=header.model,
         quantize_config=header.quantize,
@@ -182,39 +184,29 @@ def find_tokenizer(artifact_path: str | Path, artifact: Artifact, explicit: Path
     return Tokenizer.load(path)
 
 
-class _Decoder:
-    """Reads a coded stream in the bounded pieces that its coder hands out."""
-
-    def __init__(self, stream: memoryview, name: bytes, path: Path) -> None:
-        coder = name.rstrip(b"\0").decode("ascii", "replace")
-        if coder not in CODERS:
-            raise ArtifactError(f"{path} was written with the coder '{coder}', this golfbook has {', '.join(CODERS)}")
-        found: Coder = named(CODERS, coder)
-        self.path, self.pieces, self.left = path, found.decode(stream), bytearray()
-
-    def read(self, count: int) -> bytearray:
-        """Return exactly ``count`` bytes."""
-        out = self.left
-        while len(out) < count and (piece := self._next()):
-            out += piece
-        if len(out) < count:
-            raise ArtifactError(f"{self.path} is damaged: its data end after {len(out)} of {count} bytes")
-        out, self.left = out[:count], out[count:]
-        return out
-
-    def finish(self) -> None:
-        """Check that the stream ends here."""
-        if self.left or self._next():
-            raise ArtifactError(f"{self.path} holds more data than it declares")
-
-    def _next(self) -> bytes:
-        try:
-            return next(self.pieces, b"")
-        except ValueError as error:
-            raise ArtifactError(f"{self.path} is damaged: {error}") from None
+def _coder(name: bytes, path: Path) -> Coder:
+    text = name.rstrip(b"\0").decode("ascii", "replace")
+    if text not in CODERS:
+        raise ArtifactError(f"{path} was written with the coder '{text}', this golfbook has {', '.join(CODERS)}")
+    coder: Coder = named(CODERS, text)
+    return coder
 
 
-def _parse_header(text: bytes | bytearray, where: str) -> Header:
+def _header_text(stored: memoryview, length: int, path: Path) -> bytes:
+    text = b""
+    try:
+        for piece in inflate(stored):
+            text += piece
+            if len(text) > length:
+                raise ValueError("it is longer than declared")
+    except ValueError as error:
+        raise ArtifactError(f"{path}: the header is not valid: {error}") from None
+    if len(text) < length:
+        raise ArtifactError(f"{path}: the header is not valid: it ends after {len(text)} of {length} bytes")
+    return text
+
+
+def _parse_header(text: bytes, where: str) -> Header:
     try:
         header = Header.model_validate_json(text)
         canonical = json.dumps(header.model_dump(mode="json"), allow_nan=False)
@@ -229,14 +221,8 @@ def _parse_header(text: bytes | bytearray, where: str) -> Header:
     return header
 
 
-def _check_tensors(header: Header, where: str) -> None:
-    """Compare the table with the tensors of a model that is built without memory for its weights."""
-    shapes = {name: tuple(shape) for name, _, shape in header.tensors}
-    if len(shapes) != len(header.tensors):
-        raise ArtifactError(f"{where}: a tensor is listed twice")
-    if sum(prod(shape) for shape in shapes.values()) > MAX_VALUES:
-        raise ArtifactError(f"{where}: the model has more than {MAX_VALUES} values")
-    config = header.model
+def _shapes(config: ModelConfig, where: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a model, sorted by name; it is built without memory for its weights."""
     lists = (config.recurrence, config.value_embedding.layers, config.xsa if isinstance(config.xsa, tuple) else ())
     if max(config.num_layers, *map(len, lists)) > MAX_LAYERS:
         raise ArtifactError(f"{where}: the model has more than {MAX_LAYERS} layers")
@@ -245,9 +231,17 @@ def _check_tensors(header: Header, where: str) -> None:
         changed = [name for name in type(config).model_fields if getattr(config, name) != getattr(left_out, name)]
         raise ArtifactError(f"{where}: model.{changed[0]} is on; artifacts hold nothing that only training uses")
     try:
-        expected = {name: tuple(tensor.shape) for name, tensor in _empty_model(config).state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in sorted(_empty_model(config).state_dict().items())}
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:  # torch refuses absurd sizes variously
         raise ArtifactError(f"{where}: no model can be built from its settings: {str(error)[:200]}") from None
+    if sum(prod(shape) for shape in shapes.values()) > MAX_VALUES:
+        raise ArtifactError(f"{where}: the model has more than {MAX_VALUES} values")
+    return shapes
+
+
+def _check_tensors(quantized: Mapping[str, QuantizedTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the tensors to write with those of the model."""
+    shapes = {name: tensor.shape for name, tensor in quantized.items()}
     problems = [f"missing '{name}'" for name in expected if name not in shapes]
     problems += [f"extra '{name}'" for name in shapes if name not in expected]
     problems += [
@@ -257,82 +251,9 @@ def _check_tensors(header: Header, where: str) -> None:
     ]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ArtifactError(f"{where}: the tensors do not fit the model: {'; '.join(problems[:8])}{more}")
+        raise ArtifactError(f"the tensors do not fit the model to write: {'; '.join(problems[:8])}{more}")
 
 
 def _empty_model(config: ModelConfig) -> GPT:
     with torch.device("meta"):
         return GPT(config)
-
-
-def _code(tensor: QuantizedTensor) -> str:
-    if tensor.kind == "float16":
-        return "h"
-    if tensor.kind == "float32":
-        return "f"
-    assert tensor.scale is not None
-    return f"{'s' if tensor.scale.dtype == torch.float32 else 'q'}{tensor.bits}"
-
-
-def _scale_shape(code: str, shape: list[int]) -> tuple[int, ...]:
-    return (shape[0],) if code[0] == "q" and len(shape) == 2 else ()
-
-
-def _bytes_of(code: str, shape: list[int]) -> int:
-    if code in "hf":
-        return prod(shape) * (2 if code == "h" else 4)
-    return prod(shape) + prod(_scale_shape(code, shape)) * (2 if code[0] == "q" else 4)
-
-
-def _pack(tensors: Iterable[QuantizedTensor]) -> list[bytes]:
-    """Return the bytes of the tensors in the order of the layout."""
-    groups: dict[str, list[bytes]] = {"q": [], "scale": [], "float16": [], "float32": []}
-    for tensor in tensors:
-        if tensor.value is not None:
-            groups[tensor.kind].append(_raw(tensor.value))
-        elif tensor.q is not None and tensor.scale is not None:
-            groups["q"].append(_raw(tensor.q))
-            groups["scale"].append(_raw(tensor.scale))
-    return [piece for group in groups.values() for piece in group]
-
-
-def _raw(tensor: Tensor) -> bytes:
-    array = tensor.numpy()
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-
-
-def _unpack(header: Header, body: bytearray, where: str) -> dict[str, QuantizedTensor]:
-    position = 0
-
-    def take(kind: str, shape: Iterable[int]) -> Tensor:
-        nonlocal position
-        dims = tuple(shape)
-        array = np.frombuffer(body, dtype=kind, count=prod(dims), offset=position).reshape(dims)
-        position += array.nbytes
-        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=True))
-
-    parts: dict[tuple[str, str], Tensor] = {}
-    groups: tuple[Literal["q", "scale", "h", "f"], ...] = ("q", "scale", "h", "f")
-    for group in groups:
-        for name, code, shape in header.tensors:
-            if group == code:
-                parts[name, "value"] = take("<f2" if code == "h" else "<f4", shape)
-            elif group == "q" and code[0] in "qs":
-                parts[name, "q"] = take("i1", shape)
-            elif group == "scale" and code[0] in "qs":
-                parts[name, "scale"] = take("<f2" if code[0] == "q" else "<f4", _scale_shape(code, shape))
-    for (name, part), tensor in parts.items():
-        if part != "q" and not torch.isfinite(tensor).all():
-            raise ArtifactError(f"{where}: tensor '{name}' holds values that are not finite")
-    result: dict[str, QuantizedTensor] = {}
-    for name, code, _ in header.tensors:
-        if code in "hf":
-            kind: Literal["float16", "float32"] = "float16" if code == "h" else "float32"
-            result[name] = QuantizedTensor(name, kind, 16 if code == "h" else 32, value=parts[name, "value"])
-            continue
-        q, bits = parts[name, "q"], int(code[1])
-        qmax = 2 ** (bits - 1) - 1
-        if int(q.min()) < -qmax or int(q.max()) > qmax:
-            raise ArtifactError(f"{where}: tensor '{name}' holds integers beyond {bits} bits")
-        result[name] = QuantizedTensor(name, "int", bits, q=q, scale=parts[name, "scale"])
-    return result

@@ -20,7 +20,8 @@ from torch import Tensor
 from golfbook.compress import entropy
 from golfbook.compress.gptq import reverse_factor
 from golfbook.compress.quantizer import QuantizedTensor, Statistics, check_range, finite, unquantized
-from golfbook.compress.trellis import Prices, points, search
+from golfbook.compress.trellis import points
+from golfbook.compress.viterbi import Prices, search
 from golfbook.config.schema import QuantizeConfig, RateConfig
 from golfbook.errors import RunError
 from golfbook.model.component import Storage

@@ -30,6 +30,9 @@ RULES = {
 CODERS = {
     "xz": "compress.coders.XZ",
     "zstd": "compress.coders.ZSTD",
+    "brotli": "compress.coders.BROTLI",
+    "zlib": "compress.coders.ZLIB",
+    "entropy": "compress.entropy.ENTROPY",
 }
 
 
