@@ -7,6 +7,7 @@ published systems' export names (one matrix a tensor, PR 1166 section 13), in th
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
 from typing import cast
 
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from golfbook.compute import Backend
 from golfbook.config.architecture import ModelConfig
+from golfbook.model.cache import Cache
 from golfbook.model.component import ZERO, Component, Facts, Work, facts_of, normal, product
 from golfbook.model.cross_entropy import softcapped_cross_entropy
 from golfbook.model.kernels import add_scaled, rms_norm
@@ -94,36 +96,46 @@ class GPT(Component):
             if isinstance(module, Attention):
                 module.backend = backend
 
-    def hidden(self, tokens: Tensor, length: int | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, length: int | None = None, cache: Cache | None = None) -> Tensor:
         """Map token ids (B, T) int64 to the refined final state (B, T, D) that the output head reads.
 
         ``length`` >= T computes what the first T positions of an input of that length have: the rotary base depends on
         it. With TTT-Linear T must be a multiple of its mini-batch for that.
+
+        With a ``cache``, ``tokens`` follow those that it has read, and the result is what their positions have in an
+        input of the cache's length. Raises :class:`golfbook.errors.RunError` where they do not fit.
         """
-        x = self._trunk(tokens, length)
-        for refiner in self.refiners:
-            x = x + refiner(x)
+        x = self._trunk(tokens, length, cache)
+        for i, refiner in enumerate(self.refiners):
+            x = x + (refiner.further(x, cache.of(f"refiner {i}")) if cache else refiner(x))
+        if cache:
+            cache.position += tokens.size(1)
         return x
 
-    def _trunk(self, tokens: Tensor, length: int | None = None) -> Tensor:
+    def _trunk(self, tokens: Tensor, length: int | None = None, cache: Cache | None = None) -> Tensor:
         config = self.config
+        if cache:
+            cache.check(tokens.size(1))
         x = self.tok_emb(tokens)
         if config.bigram.vocab_size:
-            x = x + self.bigram(tokens)
+            x = x + self.bigram(tokens, cache and cache.of("bigram"))
         kind = x.device.type
         if not x.is_meta and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))  # the whole residual stream, as in the published runs
         x = rms_norm(x)
         if config.smear:
-            x = self.smear(x, tokens == BOS_ID if config.smear_document_mask else None)
+            starts = tokens == BOS_ID if config.smear_document_mask else None
+            x = self.smear(x, starts, cache and cache.of("smear"))
         x0 = x
         embeddings = self._value_embeddings(tokens)
         again = config.recurrent_layers
         first: Tensor | None = None
         stack: list[Tensor] = []
+        passes = itertools.count()
 
         def run(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            inputs = (x, x0, embeddings.get(i), first if i else None, length)
+            memory = cache and cache.of(f"pass {next(passes)}")  # its own for each pass of a block that runs twice
+            inputs = (x, x0, embeddings.get(i), first if i else None, length, memory)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 return checkpoint(self.blocks[i], *inputs, use_reentrant=False)
             return self.blocks[i](*inputs)
