@@ -158,11 +158,16 @@ class GPT(Component):
         return rms_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Map states (..., D) to soft-capped float32 logits (..., V): ``cap * tanh(z / cap)``."""
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(F.linear(hidden, self._head().to(hidden.dtype)).float() / cap)
+        """Map states (..., D) to soft-capped float32 logits (..., V)."""
+        return self.capped(F.linear(hidden, self.head.to(hidden.dtype)).float())
 
-    def _head(self) -> Tensor:
+    def capped(self, z: Tensor) -> Tensor:
+        """Return the soft-capped logits ``cap * tanh(z / cap)``."""
+        return self.config.logit_softcap * torch.tanh(z / self.config.logit_softcap)
+
+    @property
+    def head(self) -> Tensor:
+        """Return the weights (V, D) of the output head: the token embedding, or its own."""
         return self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -182,7 +187,7 @@ class GPT(Component):
             x = x + refiner(x)
         if self.config.mtp.num_heads and self.training:
             auxiliary = auxiliary + self.mtp_heads.loss(x, targets)
-        return softcapped_cross_entropy(x, self._head(), targets, self.config.logit_softcap) + auxiliary
+        return softcapped_cross_entropy(x, self.head, targets, self.config.logit_softcap) + auxiliary
 
     def _value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
         layers = self.config.value_embedding_layers

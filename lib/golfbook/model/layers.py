@@ -144,7 +144,8 @@ class Attention(Component):
             cos, sin = rope_tables(time, *rotation, length or time)
         q, k = normed_heads(q, cos, sin, self.q_gain), normed_heads(k, cos, sin)
         keys, values = (memory.all("keys", k), memory.all("values", v)) if memory else (k, v)
-        y = causal_attention(*(z.transpose(1, 2) for z in (q, keys, values)), self.backend).transpose(1, 2)
+        q, keys, values = (z.transpose(1, 2) for z in (q, keys, values))
+        y = causal_attention(q, keys, values, self.backend).transpose(1, 2)
         if self.exclusive:  # XSA, PR 1166 section 5 step 8
             y = remove_own_value(y, v)
         if config.gated_attention:

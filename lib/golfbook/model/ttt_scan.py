@@ -44,7 +44,8 @@ def ttt_continue(
     Keeps the states of all mini-batches for a moment; no gradient.
     """
     with torch.autocast(q.device.type, enabled=False):
-        group = _Group(*(t.float() for t in (q, k, v, weight, bias, gamma, delta)), eta)
+        q, k, v, weight, bias, gamma, delta = (t.float() for t in (q, k, v, weight, bias, gamma, delta))
+        group = _Group(q, k, v, weight, bias, gamma, delta, eta)
         if whole < len(q):
             return group.outputs(), group.weights[whole].clone(), group.biases[whole].clone()
         return group.outputs(), group.weight, group.bias
