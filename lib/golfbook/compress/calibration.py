@@ -15,6 +15,7 @@ from golfbook.data.batches import CoprimeLoader
 from golfbook.data.dataset import Dataset
 from golfbook.errors import ConfigError
 from golfbook.evaluate.generate import draw, next_logits
+from golfbook.evaluate.scoring import evaluating
 from golfbook.model.cache import Cache
 from golfbook.model.gpt import GPT
 
@@ -59,7 +60,8 @@ def write(
     They stand in windows of ``count`` positions; a BOS is a token like any other.
     """
     cache, text = Cache(count), first
-    for _ in range(count):
-        logits = next_logits(model, text[:, -1:], cache)[:, :vocab_size]
-        text = torch.cat((text, draw(logits, temperature, 0, generator)[:, None]), dim=1)
+    with evaluating(model):
+        for _ in range(count):
+            logits = next_logits(model, text[:, -1:], cache)[:, :vocab_size]
+            text = torch.cat((text, draw(logits, temperature, 0, generator)[:, None]), dim=1)
     return text

@@ -43,25 +43,26 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     given = [int(token) for token in tokenizer.encode_document(prompt)]
     ids, cache = list(given), Cache(window)
-    for _ in range(tokens):
-        if len(ids) > window:
-            cache = Cache(window)
-        new = torch.tensor([ids[-window:][cache.position :]])
-        logits = next_logits(model, new, cache)[:, : tokenizer.vocab_size]
-        token = int(draw(logits, temperature, top_k, generator))
-        if token == tokenizer.bos_id:
-            break
-        ids.append(token)
+    with evaluating(model):
+        for _ in range(tokens):
+            if len(ids) > window:
+                cache = Cache(window)
+            new = torch.tensor([ids[-window:][cache.position :]])
+            logits = next_logits(model, new, cache)[:, : tokenizer.vocab_size]
+            token = int(draw(logits, temperature, top_k, generator))
+            if token == tokenizer.bos_id:
+                break
+            ids.append(token)
     return tokenizer.decode(ids)[len(tokenizer.decode(given)) :]
 
 
 def next_logits(model: GPT, tokens: Tensor, cache: Cache) -> Tensor:
     """Return the logits (B, V) float32, on the CPU, of what follows ``tokens`` (B, T) int64 after those in ``cache``.
 
-    The model works in eval mode and gets the mode of each of its modules back. Raises
-    :class:`golfbook.errors.RunError` where the cache has no room for them.
+    The model is taken as it is, in eval mode. Raises :class:`golfbook.errors.RunError` where the cache has no room for
+    them.
     """
-    with evaluating(model), torch.inference_mode():
+    with torch.inference_mode():
         hidden = model.hidden(tokens.to(next(model.parameters()).device), cache=cache)  # (B, T, D)
         return model.logits(hidden[:, -1]).float().cpu()
 
