@@ -13,6 +13,7 @@ from golfbook.data.tokenizer import Tokenizer
 from golfbook.errors import ConfigError
 from golfbook.evaluate.generate import generate, next_logits
 from golfbook.evaluate.scoring import score
+from golfbook.model.cache import Cache
 from golfbook.model.gpt import GPT, initialise
 
 WINDOW = 48
@@ -70,14 +71,15 @@ def test_draws_follow_what_scoring_charges(part: str, tokenizer: Tokenizer) -> N
     for count in (1, 15, 16, 17):
         for token in (5, 700):
             charged = score(model, np.append(ids[:count], np.uint16(token)), window=WINDOW, stride=WINDOW)[-1]
-            expected = next_logits(model, torch.from_numpy(ids[:count].astype(np.int64)), WINDOW).log_softmax(0)[token]
+            read = torch.from_numpy(ids[:count].astype(np.int64))[None]
+            expected = next_logits(model, read, Cache(WINDOW)).log_softmax(1)[0, token]
             assert -charged == pytest.approx(expected.item(), abs=2e-5)
 
 
 def test_frequencies_of_draws(tokenizer: Tokenizer) -> None:
     """The first piece of many texts occurs as often as the model, temperature and top_k say."""
     model = noisy({})
-    logits = next_logits(model, torch.tensor(tokenizer.encode_document("").astype(np.int64)), WINDOW)
+    logits = next_logits(model, torch.tensor(tokenizer.encode_document("").astype(np.int64))[None], Cache(WINDOW))[0]
     likeliest = logits.topk(3)
     share = (likeliest.values / 4.0).softmax(0)
     drawn = [generate(model, tokenizer, window=WINDOW, tokens=1, seed=s, temperature=4.0, top_k=3) for s in range(300)]
@@ -103,8 +105,8 @@ def test_pieces_that_the_tokenizer_lacks_are_never_written(tokenizer: Tokenizer)
 
 def test_the_end_of_the_document_ends_the_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     model = noisy({})
-    logits = torch.zeros(1024)
-    logits[tokenizer.bos_id] = 50.0
+    logits = torch.zeros(1, 1024)
+    logits[0, tokenizer.bos_id] = 50.0
     monkeypatch.setattr(GPT, "logits", lambda self, hidden: logits)
     assert generate(model, tokenizer, "word", window=WINDOW) == ""
 

@@ -1,7 +1,9 @@
 """Text that a model writes: one token after the other, each drawn from what the model expects next.
 
-Nothing is cached from token to token: every step is the forward pass that scoring makes, so a text is drawn from
-exactly the probabilities that :func:`golfbook.evaluate.scoring.score` charges for it. The windows here are short.
+A :class:`golfbook.model.cache.Cache` keeps what the model has read, so a step computes one position; a text is drawn
+from the probabilities that :func:`golfbook.evaluate.scoring.score` charges for it, but for the order of float32 sums.
+Once a text is longer than the window, every token moves its beginning, and with it everything that was kept: each step
+is then a forward pass over the whole window.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from torch import Tensor
 from golfbook.data.tokenizer import Tokenizer
 from golfbook.errors import ConfigError
 from golfbook.evaluate.scoring import evaluating
+from golfbook.model.cache import Cache
 from golfbook.model.gpt import GPT
 
 
@@ -37,36 +40,37 @@ def generate(
             f"generating needs a window of at least 1 and tokens, temperature and top_k of at least 0; got window "
             f"{window}, tokens {tokens}, temperature {temperature}, top_k {top_k}"
         )
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     given = [int(token) for token in tokenizer.encode_document(prompt)]
-    ids = list(given)
-    for _ in range(tokens):
-        logits = next_logits(model, torch.tensor(ids[-window:]), window)[: tokenizer.vocab_size]
-        token = _choose(logits, temperature, top_k, draw)
-        if token == tokenizer.bos_id:
-            break
-        ids.append(token)
+    ids, cache = list(given), Cache(window)
+    with evaluating(model):
+        for _ in range(tokens):
+            if len(ids) > window:
+                cache = Cache(window)
+            new = torch.tensor([ids[-window:][cache.position :]])
+            logits = next_logits(model, new, cache)[:, : tokenizer.vocab_size]
+            token = int(draw(logits, temperature, top_k, generator))
+            if token == tokenizer.bos_id:
+                break
+            ids.append(token)
     return tokenizer.decode(ids)[len(tokenizer.decode(given)) :]
 
 
-def next_logits(model: GPT, tokens: Tensor, window: int) -> Tensor:
-    """Return the logits (V,) float32, on the CPU, of what follows ``tokens`` (n,) int64 in a window of ``window``.
+def next_logits(model: GPT, tokens: Tensor, cache: Cache) -> Tensor:
+    """Return the logits (B, V) float32, on the CPU, of what follows ``tokens`` (B, T) int64 after those in ``cache``.
 
-    TTT-Linear corrects whole mini-batches only, so the input is filled up on the right, which no causal model sees.
+    The model is taken as it is, in eval mode. Raises :class:`golfbook.errors.RunError` where the cache has no room for
+    them.
     """
-    refiner = model.config.ttt_linear
-    multiple = refiner.mini_batch if refiner.enabled else 1
-    length = min(window, -(-len(tokens) // multiple) * multiple)
-    padded = torch.zeros(1, length, dtype=torch.int64)
-    padded[0, : len(tokens)] = tokens
-    with evaluating(model), torch.inference_mode():
-        hidden = model.hidden(padded.to(next(model.parameters()).device), length=window)  # (1, length, D)
-        return model.logits(hidden[0, len(tokens) - 1]).float().cpu()
+    with torch.inference_mode():
+        hidden = model.hidden(tokens.to(next(model.parameters()).device), cache=cache)  # (B, T, D)
+        return model.logits(hidden[:, -1]).float().cpu()
 
 
-def _choose(logits: Tensor, temperature: float, top_k: int, draw: torch.Generator) -> int:
+def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """Draw a token id for each row of ``logits`` (B, V), (B,) int64; ``temperature`` and ``top_k`` as in generate."""
     if temperature == 0:
-        return int(logits.argmax())
-    kept = logits.topk(min(top_k or len(logits), len(logits)))  # sorted, likeliest first
-    share = (kept.values.double() / temperature).softmax(0)
-    return int(kept.indices[torch.multinomial(share, 1, generator=draw)])
+        return logits.argmax(-1)
+    kept = logits.topk(min(top_k or logits.size(1), logits.size(1)))  # sorted, likeliest first
+    share = (kept.values.double() / temperature).softmax(-1)
+    return kept.indices.gather(1, torch.multinomial(share, 1, generator=generator))[:, 0]

@@ -27,12 +27,15 @@ QUERY_BLOCK = 128  # positions of one block on a CPU: what lies above the diagon
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Tensor:
     """Compute softmax attention of each position over itself and those before, scale 1/sqrt(d).
 
-    ``q`` is (B, H, T, d), ``k`` and ``v`` are (B, K, T, d) with H a multiple of K; returns (B, H, T, d). "auto" is
-    what :mod:`golfbook.compute` was told last, else torch's own kernel. Raises :class:`RunError` for a backend that
-    cannot run here.
+    ``q`` is (B, H, T, d), ``k`` and ``v`` are (B, K, S, d) with H a multiple of K; returns (B, H, T, d). S is T, or
+    more where ``q`` are only the last T of S positions; torch's own kernel computes that. "auto" is what
+    :mod:`golfbook.compute` was told last, else torch's own kernel. Raises :class:`RunError` for a backend that cannot
+    run here.
     """
     if has_torch_function((q, k, v)):  # so that a TorchFunctionMode can watch attention whatever computes it
         return handle_torch_function(causal_attention, (q, k, v), q, k, v, backend)
+    if k.size(2) > q.size(2):
+        return _sdpa(q, k, v)
     return _COMPUTE[_auto(q, k, v) if backend == "auto" else backend](q, k, v)
 
 
@@ -84,11 +87,15 @@ def require(backend: Backend, device: torch.device, dtype: torch.dtype, *, train
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    time, read = q.size(2), k.size(2)
+    seen: dict[str, Any] = {"is_causal": True}
+    if read > time:  # the last position sees all of them, the one before it one less
+        seen = {"attn_mask": torch.ones(time, read, dtype=torch.bool, device=q.device).tril_(read - time)}
     if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
         # only the kernel for half precision shares keys; the others would fall back to all scores in memory
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, **seen)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **seen)
 
 
 def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ published systems' export names (one matrix a tensor, PR 1166 section 13), in th
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
 from typing import cast
 
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from golfbook.compute import Backend
 from golfbook.config.architecture import ModelConfig
+from golfbook.model.cache import Cache
 from golfbook.model.component import ZERO, Component, Facts, Work, facts_of, normal, product
 from golfbook.model.cross_entropy import softcapped_cross_entropy
 from golfbook.model.kernels import add_scaled, rms_norm
@@ -94,36 +96,46 @@ class GPT(Component):
             if isinstance(module, Attention):
                 module.backend = backend
 
-    def hidden(self, tokens: Tensor, length: int | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, length: int | None = None, cache: Cache | None = None) -> Tensor:
         """Map token ids (B, T) int64 to the refined final state (B, T, D) that the output head reads.
 
         ``length`` >= T computes what the first T positions of an input of that length have: the rotary base depends on
         it. With TTT-Linear T must be a multiple of its mini-batch for that.
+
+        With a ``cache``, ``tokens`` follow those that it has read, and the result is what their positions have in an
+        input of the cache's length. Raises :class:`golfbook.errors.RunError` where they do not fit.
         """
-        x = self._trunk(tokens, length)
-        for refiner in self.refiners:
-            x = x + refiner(x)
+        x = self._trunk(tokens, length, cache)
+        for i, refiner in enumerate(self.refiners):
+            x = x + (refiner.further(x, cache.of(f"refiner {i}")) if cache else refiner(x))
+        if cache:
+            cache.position += tokens.size(1)
         return x
 
-    def _trunk(self, tokens: Tensor, length: int | None = None) -> Tensor:
+    def _trunk(self, tokens: Tensor, length: int | None = None, cache: Cache | None = None) -> Tensor:
         config = self.config
+        if cache:
+            cache.check(tokens.size(1))
         x = self.tok_emb(tokens)
         if config.bigram.vocab_size:
-            x = x + self.bigram(tokens)
+            x = x + self.bigram(tokens, cache and cache.of("bigram"))
         kind = x.device.type
         if not x.is_meta and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))  # the whole residual stream, as in the published runs
         x = rms_norm(x)
         if config.smear:
-            x = self.smear(x, tokens == BOS_ID if config.smear_document_mask else None)
+            starts = tokens == BOS_ID if config.smear_document_mask else None
+            x = self.smear(x, starts, cache and cache.of("smear"))
         x0 = x
         embeddings = self._value_embeddings(tokens)
         again = config.recurrent_layers
         first: Tensor | None = None
         stack: list[Tensor] = []
+        passes = itertools.count()
 
         def run(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            inputs = (x, x0, embeddings.get(i), first if i else None, length)
+            memory = cache and cache.of(f"pass {next(passes)}")  # its own for each pass of a block that runs twice
+            inputs = (x, x0, embeddings.get(i), first if i else None, length, memory)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 return checkpoint(self.blocks[i], *inputs, use_reentrant=False)
             return self.blocks[i](*inputs)
@@ -146,11 +158,16 @@ class GPT(Component):
         return rms_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Map states (..., D) to soft-capped float32 logits (..., V): ``cap * tanh(z / cap)``."""
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(F.linear(hidden, self._head().to(hidden.dtype)).float() / cap)
+        """Map states (..., D) to soft-capped float32 logits (..., V)."""
+        return self.capped(F.linear(hidden, self.head.to(hidden.dtype)).float())
 
-    def _head(self) -> Tensor:
+    def capped(self, z: Tensor) -> Tensor:
+        """Return the soft-capped logits ``cap * tanh(z / cap)``."""
+        return self.config.logit_softcap * torch.tanh(z / self.config.logit_softcap)
+
+    @property
+    def head(self) -> Tensor:
+        """Return the weights (V, D) of the output head: the token embedding, or its own."""
         return self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -170,7 +187,7 @@ class GPT(Component):
             x = x + refiner(x)
         if self.config.mtp.num_heads and self.training:
             auxiliary = auxiliary + self.mtp_heads.loss(x, targets)
-        return softcapped_cross_entropy(x, self._head(), targets, self.config.logit_softcap) + auxiliary
+        return softcapped_cross_entropy(x, self.head, targets, self.config.logit_softcap) + auxiliary
 
     def _value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
         layers = self.config.value_embedding_layers

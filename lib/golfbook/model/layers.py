@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from golfbook.compute import Backend
 from golfbook.config.architecture import ModelConfig
 from golfbook.model.attention import causal_attention
+from golfbook.model.cache import Memory
 from golfbook.model.component import ZERO, Component, Draw, Facts, Work, constant, normal, orthogonal, product
 from golfbook.model.kernels import add_scaled, mix, normed_heads, remove_own_value, rms_norm, squared_leaky_relu
 
@@ -113,14 +114,17 @@ class Attention(Component):
         value_embedding: Tensor | None = None,
         first_values: Tensor | None = None,
         length: int | None = None,
+        memory: Memory | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (output (B, T, D), raw values (B, T, K*d)).
 
         ``value_embedding`` (B, T, K*d) is added to the values; ``first_values`` are layer 0's raw values. ``length``
         is the number of positions that the rotary base is made for, where ``x`` is only the beginning of them.
+        ``memory`` holds the keys and values of the positions before ``x``, and takes those of ``x``.
         """
         config = self.config
         batch, time, _ = x.shape
+        start = memory.cache.position if memory else 0
         q = self.c_q(x).view(batch, time, config.num_heads, config.head_dim)
         k = self.c_k(x).view(batch, time, config.num_kv_heads, config.head_dim)
         v = raw = self.c_v(x)
@@ -133,9 +137,15 @@ class Attention(Component):
             v = v + torch.sigmoid(self.vrl_alpha).to(v.dtype) * first_values
         v = v.view(batch, time, config.num_kv_heads, config.head_dim)
         rotated = config.rope_dims or config.head_dim
-        cos, sin = rope_tables(time, rotated, config.rope_base, config.rope_train_length, x.device, length or time)
+        rotation = (rotated, config.rope_base, config.rope_train_length, x.device)
+        if memory:  # one table for all positions, not one for each number of them
+            cos, sin = (t[start : start + time] for t in rope_tables(memory.cache.length, *rotation))
+        else:
+            cos, sin = rope_tables(time, *rotation, length or time)
         q, k = normed_heads(q, cos, sin, self.q_gain), normed_heads(k, cos, sin)
-        y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.backend).transpose(1, 2)
+        keys, values = (memory.all("keys", k), memory.all("values", v)) if memory else (k, v)
+        q, keys, values = (z.transpose(1, 2) for z in (q, keys, values))
+        y = causal_attention(q, keys, values, self.backend).transpose(1, 2)
         if self.exclusive:  # XSA, PR 1166 section 5 step 8
             y = remove_own_value(y, v)
         if config.gated_attention:
@@ -175,10 +185,11 @@ class Canon(Component):
     def facts(self) -> dict[str, Facts]:
         return {"weight": Facts(), "delta_gate_logit": Facts()}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, D) to (B, T, D)."""
+    def forward(self, x: Tensor, memory: Memory | None = None, name: str = "") -> Tensor:
+        """Map (B, T, D) to (B, T, D); ``memory`` holds the last inputs before ``x`` under ``name``."""
         weight, kernel, time = self.weight.to(x.dtype), self.weight.size(0), x.size(1)
-        padded = F.pad(x, (0, 0, kernel - 1, 0))
+        read = memory.last(name, x, kernel - 1) if memory else x
+        padded = F.pad(read, (0, 0, kernel - 1 + time - read.size(1), 0))[:, -(kernel - 1 + time) :]
         mixed = torch.stack([weight[k] * padded[:, kernel - 1 - k :][:, :time] for k in range(kernel)]).sum(0)
         return x + torch.sigmoid(self.delta_gate_logit).to(x.dtype) * mixed
 
@@ -221,19 +232,23 @@ class Block(Component):
         value_embedding: Tensor | None = None,
         first_values: Tensor | None = None,
         length: int | None = None,
+        memory: Memory | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return (stream (B, T, D), raw values of this layer (B, T, K*d)); ``length`` as in :class:`Attention`."""
+        """Return (stream (B, T, D), raw values of this layer (B, T, K*d)).
+
+        ``length`` as in :class:`Attention`; ``memory`` is that of one pass through this block.
+        """
         u = mix(x, x0, self.resid_mix)
         normed = rms_norm(u, self.scale)
-        attended, values = self.attn(self._canon("a", normed), value_embedding, first_values, length)
+        attended, values = self.attn(self._canon("a", normed, memory), value_embedding, first_values, length, memory)
         y = add_scaled(u, self.attn_scale, attended)
-        out = add_scaled(y, self.mlp_scale, self.mlp(self._canon("c", rms_norm(y, self.scale))))
+        out = add_scaled(y, self.mlp_scale, self.mlp(self._canon("c", rms_norm(y, self.scale), memory)))
         if hasattr(self, "dtg_gate"):
             out = u + torch.sigmoid(self.dtg_gate(u.detach())) * (out - u)
         return out, values
 
-    def _canon(self, place: str, x: Tensor) -> Tensor:
-        return getattr(self, f"canon_{place}")(x) if hasattr(self, "canon_a") else x
+    def _canon(self, place: str, x: Tensor, memory: Memory | None) -> Tensor:
+        return getattr(self, f"canon_{place}")(x, memory, f"canon_{place}") if hasattr(self, "canon_a") else x
 
 
 class BigramHash(Component):
@@ -272,11 +287,14 @@ class BigramHash(Component):
             key = torch.bitwise_xor(key, prime * tokens[:, order - 1 - back : time - back])
         return F.pad(key % (self.rows - 1), (time - key.size(1), 0), value=self.rows - 1)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map token ids (B, T) to vectors (B, T, D)."""
-        rows = self.embed(self.rows_of(tokens))
+    def forward(self, tokens: Tensor, memory: Memory | None = None) -> Tensor:
+        """Map token ids (B, T) to vectors (B, T, D); ``memory`` holds the last ids before them."""
+        time = tokens.size(1)
+        if memory:
+            tokens = memory.last("tokens", tokens, 2)
+        rows = self.embed(self.rows_of(tokens)[:, -time:])
         if self.trigram:
-            rows = rows + self.embed(self.rows_of(tokens, 3))
+            rows = rows + self.embed(self.rows_of(tokens, 3)[:, -time:])
         vectors = self.proj(rows)
         return self.scale.to(vectors.dtype) * vectors
 
@@ -295,9 +313,13 @@ class SmearGate(Component):
     def facts(self) -> dict[str, Facts]:
         return {"gate": CONTROL}
 
-    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Map (B, T, D) to (B, T, D); ``starts`` (B, T) bool marks the first token of each document."""
-        gate, before = torch.sigmoid(self.gate).to(x.dtype), F.pad(x, (0, 0, 1, -1))
+    def forward(self, x: Tensor, starts: Tensor | None = None, memory: Memory | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D); ``starts`` (B, T) bool marks the first token of each document.
+
+        ``memory`` holds the input before ``x``.
+        """
+        read = memory.last("input", x, 1) if memory else x
+        gate, before = torch.sigmoid(self.gate).to(x.dtype), F.pad(read, (0, 0, 1 + x.size(1) - read.size(1), -1))
         if starts is not None:
             before = before.masked_fill(starts.unsqueeze(-1), 0.0)
         return (1 - gate) * x + gate * before

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golfbook.config.architecture import ModelConfig, MTPConfig
+from golfbook.model.cache import Memory
 from golfbook.model.component import ZERO, Component, Draw, Facts, Work, normal, orthogonal, product
 from golfbook.model.cross_entropy import softcapped_cross_entropy
-from golfbook.model.ttt_scan import LN_EPS, ttt_scan
+from golfbook.model.ttt_scan import LN_EPS, ttt_continue, ttt_scan
 
 
 def matrix(draw: Draw | None = None) -> Facts:
@@ -45,6 +46,13 @@ class Refiner(Component):
     def wanted(cls, config: ModelConfig) -> bool:
         """Return whether a model of this configuration has it."""
         return True
+
+    def further(self, x: Tensor, memory: Memory) -> Tensor:
+        """Map states (B, T, D) to their corrections, where ``memory`` holds what is needed of the states before them.
+
+        One that looks at each position alone needs none.
+        """
+        return self(x)
 
     def auxiliary_loss(self, x: Tensor) -> Tensor | None:
         """Return the weighted loss of its own at states ``x`` (B, T, D) before refinement, a scalar; None: has none."""
@@ -93,26 +101,52 @@ class TTTLinear(Refiner):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to the correction (B, T, D) that is added to ``x``. T below one mini-batch gives zeros."""
-        batch, time, dim = x.shape
-        size = self.mini_batch
-        used = time - time % size
+        time = x.size(1)
+        used = time - time % self.mini_batch
         if not used:
             return torch.zeros_like(x)
-
-        def split(linear: nn.Linear) -> Tensor:  # (mini-batches, B * heads, size, width)
-            y = linear(x[:, :used]).view(batch, used // size, size, self.heads, self.width)
-            return y.permute(1, 0, 3, 2, 4).flatten(1, 2)
-
-        def rows(parameter: Tensor) -> Tensor:  # (heads, ., width) -> (B * heads, ., width)
-            return parameter.expand(batch, -1, -1, -1).flatten(0, 1)
-
-        outputs = ttt_scan(
-            split(self.theta_Q), split(self.theta_K), split(self.theta_V), rows(self.W1), rows(self.b1),
-            rows(self.ttt_ln_w.unsqueeze(1)), rows(self.ttt_ln_b.unsqueeze(1)), self.eta,
-        )  # fmt: skip
-        joined = outputs.unflatten(1, (batch, self.heads)).permute(1, 0, 3, 2, 4).reshape(batch, used, dim)
-        refined = torch.sigmoid(self.gate) * self.o_proj(self.post_norm(joined).to(x.dtype))
+        q, k, v, gamma, delta = self._inputs(x[:, :used])
+        outputs = ttt_scan(q, k, v, *self._start(len(x)), gamma, delta, self.eta)
+        refined = self._refined(outputs, x)
         return F.pad(refined, (0, 0, 0, time - used)) if used < time else refined
+
+    def further(self, x: Tensor, memory: Memory) -> Tensor:
+        """Map states (B, T, D) to their corrections, as if the input went on to the end of its mini-batch.
+
+        Remembers the fast weights at the start of the open mini-batch and its inputs, whose maps are computed anew:
+        there are few of them. The positions that fill no mini-batch at the end of the cache get zeros.
+        """
+        start, time, size = memory.cache.position, x.size(1), self.mini_batch
+        opened = start % size
+        used = max(0, min(time, memory.cache.length - memory.cache.length % size - start))
+        read = memory.last("inputs", x, (start + time) % size)[:, : opened + used]
+        if not used:
+            return torch.zeros_like(x)
+        q, k, v, gamma, delta = self._inputs(F.pad(read, (0, 0, 0, -read.size(1) % size)))
+        kept = memory.tensors
+        weight, bias = (kept["weight"], kept["bias"]) if kept.keys() >= {"weight", "bias"} else self._start(len(x))
+        whole = (opened + used) // size
+        outputs, kept["weight"], kept["bias"] = ttt_continue(q, k, v, weight, bias, gamma, delta, self.eta, whole)
+        refined = self._refined(outputs, x)[:, opened : opened + used]
+        return F.pad(refined, (0, 0, 0, time - used))
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values (mini-batches, B * heads, size, width), then gamma and delta (., 1, .)."""
+        maps = (self.theta_Q(x), self.theta_K(x), self.theta_V(x))
+        cut = (y.view(len(x), -1, self.mini_batch, self.heads, self.width).permute(1, 0, 3, 2, 4) for y in maps)
+        norm = (self.ttt_ln_w.unsqueeze(1), self.ttt_ln_b.unsqueeze(1))
+        return (*(y.flatten(1, 2) for y in cut), *(self._rows(p, len(x)) for p in norm))
+
+    def _start(self, batch: int) -> tuple[Tensor, Tensor]:
+        return self._rows(self.W1, batch), self._rows(self.b1, batch)
+
+    def _rows(self, parameter: Tensor, batch: int) -> Tensor:  # (heads, ., width) -> (B * heads, ., width)
+        return parameter.expand(batch, -1, -1, -1).flatten(0, 1)
+
+    def _refined(self, outputs: Tensor, x: Tensor) -> Tensor:
+        """Map what the scan returned to corrections (B, mini-batches * size, D) in the dtype of ``x``."""
+        joined = outputs.unflatten(1, (len(x), self.heads)).permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
+        return torch.sigmoid(self.gate) * self.o_proj(self.post_norm(joined).to(x.dtype))
 
 
 class FlowRefiner(Refiner):

@@ -36,6 +36,21 @@ def ttt_scan(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gamm
         return _Scan.apply(*tensors, eta)
 
 
+def ttt_continue(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, delta: Tensor, eta: float, whole: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :func:`ttt_scan` does, and the fast weights and biases after the first ``whole`` mini-batches.
+
+    Keeps the states of all mini-batches for a moment; no gradient.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v, weight, bias, gamma, delta = (t.float() for t in (q, k, v, weight, bias, gamma, delta))
+        group = _Group(q, k, v, weight, bias, gamma, delta, eta)
+        if whole < len(q):
+            return group.outputs(), group.weights[whole].clone(), group.biases[whole].clone()
+        return group.outputs(), group.weight, group.bias
+
+
 def _norm(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return normalised rows, their means and reciprocal deviations."""
     return torch.native_layer_norm(z, (z.size(-1),), None, None, LN_EPS)
