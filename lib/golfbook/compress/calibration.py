@@ -11,6 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from golfbook.compress.quantizer import Statistics
+from golfbook.compress.statistics import collect
+from golfbook.config.schema import Config
 from golfbook.data.batches import CoprimeLoader
 from golfbook.data.dataset import Dataset
 from golfbook.errors import ConfigError
@@ -21,6 +24,27 @@ from golfbook.model.gpt import GPT
 
 BATCH_TOKENS = 2**14  # of one batch, which is one forward pass: 8 published sequences
 Source = Literal["training", "generated", "random"]
+
+
+def calibrate(model: GPT, config: Config, dataset: Dataset) -> Statistics | None:
+    """Return what the quantiser of ``config`` asks to know of ``model``, measured as its settings say; None: nothing.
+
+    The text is drawn from the run's seed. Raises what :func:`batches` raises.
+    """
+    settings = config.quantize.calibration
+    if not config.quantize.calibrated:
+        return None
+    text = batches(
+        settings.source,
+        model,
+        dataset,
+        sequences=settings.sequences,
+        length=config.train.sequence_length,
+        seed=config.seed,
+        temperature=settings.temperature,
+    )
+    gradients = config.quantize.quantizer == "rate_distortion"
+    return collect(model, text, gradients=gradients, recurrence=settings.recurrence)
 
 
 def batches(

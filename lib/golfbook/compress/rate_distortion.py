@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from golfbook.compress import entropy
 from golfbook.compress.gptq import reverse_factor
 from golfbook.compress.quantizer import QuantizedTensor, Statistics, check_range, finite, unquantized
 from golfbook.compress.trellis import points
-from golfbook.compress.viterbi import Prices, search
+from golfbook.compress.viterbi import Prices, prices, search
 from golfbook.config.schema import QuantizeConfig, RateConfig
 from golfbook.errors import RunError
 from golfbook.model.component import Storage
@@ -226,7 +225,7 @@ def coded(name: str, relief: Relief, common: float, rate: RateConfig) -> Quantiz
         raise RunError(f"cannot quantise tensor '{name}': its step is too small for its weights (quantize.rate.bits)")
     q = _walks(relief, steps, rate.states)
     if rate.rate_weight:
-        q = _walks(relief, steps, rate.states, entropy.prices(q, rate.states), rate.rate_weight * SLOPE)
+        q = _walks(relief, steps, rate.states, prices(q, rate.states), rate.rate_weight * SLOPE)
     return QuantizedTensor(name, "step", 0, q, stored.scale, None, stored.rows, stored.columns, rate.states)
 
 

@@ -37,6 +37,8 @@ def transitions(states: int) -> Tensor:
 
 def points(q: Tensor, states: int) -> Tensor:
     """Return ``p = 2 q + z0`` of stored integers q (rows, columns), int32; walks each row from its first column."""
+    if states == 1:
+        return 2 * q.int()
     following = transitions(states).numpy().astype(np.int32).ravel()  # at 2 * state + z1
     state = np.zeros(q.size(0), np.int32)
     columns = q.T.contiguous().numpy().astype(np.int32)  # whole columns: the walk reads and writes runs of memory

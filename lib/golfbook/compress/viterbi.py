@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from golfbook.compress.trellis import transitions
+from golfbook.compress.entropy import described
+from golfbook.compress.trellis import points, transitions
 
 BLOCK = 32  # columns whose errors reach the later ones together
+MOST_PRICED = 255  # integers beyond cost as much as this one
 MOST_SURVIVORS = 2**15  # rows times states of one search, to bound memory
 
 
@@ -40,6 +42,22 @@ class Prices:
     def part(self, rows: slice) -> Prices:
         """Return the prices of some rows."""
         return Prices(self.classes[rows], self.table)
+
+
+def prices(q: Tensor, states: int) -> Prices:
+    """Return what the entropy coder would ask for the integers q (rows, columns) int16 and others like them.
+
+    Each class of deviations, and each half-grid in it, is priced by how often an integer occurs there.
+    """
+    _, _, by_row, by_column = described(q.numpy(), states)
+    classes = torch.from_numpy(by_row)[:, None].long() + torch.from_numpy(by_column)
+    classes = classes.unique(return_inverse=True)[1]  # (rows, columns), from 0
+    most = min(int(q.int().abs().max()) + 1, MOST_PRICED)
+    half, width = points(q, states).long() & 1, 2 * most + 1
+    places = (2 * classes + half) * width + q.long().clamp(-most, most) + most
+    counts = torch.bincount(places.flatten(), minlength=2 * width * (int(classes.max()) + 1)) + 0.25
+    counts = counts.view(-1, 2, width)  # a quarter more each: nothing is impossible
+    return Prices(classes, (counts.sum(dim=2, keepdim=True) / counts).log2())
 
 
 def search(
