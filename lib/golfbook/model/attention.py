@@ -88,9 +88,9 @@ def require(backend: Backend, device: torch.device, dtype: torch.dtype, *, train
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     time, read = q.size(2), k.size(2)
-    seen: dict[str, Any] = {"is_causal": True}
-    if read > time:  # the last position sees all of them, the one before it one less
-        seen = {"attn_mask": torch.ones(time, read, dtype=torch.bool, device=q.device).tril_(read - time)}
+    seen: dict[str, Any] = {"is_causal": read == time}
+    if read > time > 1:  # the last position sees all of them, the one before it one less
+        seen["attn_mask"] = torch.ones(time, read, dtype=torch.bool, device=q.device).tril_(read - time)
     if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
         # only the kernel for half precision shares keys; the others would fall back to all scores in memory
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
