@@ -84,7 +84,7 @@ def published_gptq(weight: Tensor, gram: Tensor, dtype: torch.dtype = torch.floa
 
 
 def timed(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
-    """Run the sides in turn; return what each gave, and print median seconds and their ratio, by the clock and of CPU."""
+    """Run the sides in turn; return what each gave, and print medians and their ratio, by the clock and of CPU."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     results: dict[str, Any] = {}
     for _ in range(repeats + 1):  # the first round warms up
@@ -181,12 +181,12 @@ def bench_prune(repeats: int) -> None:
         fitted = fit(state, storage, config, None, write, int(share * whole))
         seconds = time.perf_counter() - begin
         print(
-            f"pruning to {share:.0%} of {whole:,} bytes: {fitted.pruned:,} of {fitted.candidates:,} integers -1 and 1 to "
-            f"zero, {fitted.artifact_bytes:,} of {fitted.limit_bytes:,} bytes"
+            f"pruning to {share:.0%} of {whole:,} bytes: {fitted.pruned:,} of {fitted.candidates:,} integers "
+            f"-1 and 1 to zero, {fitted.artifact_bytes:,} of {fitted.limit_bytes:,} bytes"
         )
         print(
-            f"  {seconds:.1f} s, of which {sum(spent):.1f} s in {len(spent)} calls of xz, the one before pruning included; "
-            f"without xz {seconds - sum(spent):.1f} s"
+            f"  {seconds:.1f} s, of which {sum(spent):.1f} s in {len(spent)} calls of xz, with the one "
+            f"before pruning; without xz {seconds - sum(spent):.1f} s"
         )
         if fitted.over_bytes:
             sys.exit("it does not fit")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from golfbook.compress.coders import CODES, Coder, Entry, deflate, entry_of, inflate
+from golfbook.compress.entropy import CHECK
+from golfbook.compress.estimates import cross_entropy_bits
 from golfbook.compress.quantizer import QuantizedTensor, dequantize
 from golfbook.config.architecture import ModelConfig
 from golfbook.config.schema import QuantizeConfig
@@ -88,6 +91,39 @@ def write_artifact(
     ``train_window`` is the length in tokens that the model was trained at, the natural window to score it with. Raises
     :class:`ArtifactError` where ``quantized`` is not exactly the tensors of ``model_config``.
     """
+    text, header, ordered = _header(model_config, quantized, tokenizer_sha256, quantize_config, train_window)
+    coder: Coder = named(CODERS, quantize_config.coder)
+    try:
+        stream = coder.encode(ordered, quantize_config.coder_level)
+    except ValueError as error:
+        raise ArtifactError(f"the model to write cannot be coded: {error}") from None
+    name, lengths = quantize_config.coder.encode(), (len(header), len(text), len(stream))
+    digest = hashlib.sha256(PREFIX.pack(MAGIC, VERSION, name, *lengths, b"") + header + stream).digest()
+    data = PREFIX.pack(MAGIC, VERSION, name, *lengths, digest) + header + stream
+    atomic_write_bytes(path, data)
+    return len(data)
+
+
+def expected_bytes(
+    model_config: ModelConfig,
+    quantized: Mapping[str, QuantizedTensor],
+    tokenizer_sha256: str,
+    quantize_config: QuantizeConfig,
+    train_window: int,
+) -> int:
+    """Return the bytes that :func:`write_artifact` would write with the coder "entropy", without coding anything."""
+    _, header, ordered = _header(model_config, quantized, tokenizer_sha256, quantize_config, train_window)
+    return PREFIX.size + len(header) + CHECK.size + math.ceil(cross_entropy_bits(ordered) / 8)
+
+
+def _header(
+    model_config: ModelConfig,
+    quantized: Mapping[str, QuantizedTensor],
+    tokenizer_sha256: str,
+    quantize_config: QuantizeConfig,
+    train_window: int,
+) -> tuple[bytes, bytes, list[QuantizedTensor]]:
+    """Return the text of a header, what is stored of it, and the tensors in the model's order."""
     shapes = _shapes(model_config, "the model to write")
     _check_tensors(quantized, shapes)
     ordered = [quantized[name] for name in shapes]
@@ -100,17 +136,7 @@ def write_artifact(
     }
     text = canonical_json(tree).encode()
     _parse_header(text, "the model to write")
-    coder: Coder = named(CODERS, quantize_config.coder)
-    try:
-        stream = coder.encode(ordered, quantize_config.coder_level)
-    except ValueError as error:
-        raise ArtifactError(f"the model to write cannot be coded: {error}") from None
-    header, name = deflate(text, 9), quantize_config.coder.encode()
-    lengths = (len(header), len(text), len(stream))
-    digest = hashlib.sha256(PREFIX.pack(MAGIC, VERSION, name, *lengths, b"") + header + stream).digest()
-    data = PREFIX.pack(MAGIC, VERSION, name, *lengths, digest) + header + stream
-    atomic_write_bytes(path, data)
-    return len(data)
+    return text, deflate(text, 9), ordered
 
 
 def read_artifact(path: str | Path) -> Artifact:

@@ -94,13 +94,13 @@ def reverse_factor(gram: Tensor, damping: float, *, name: str = "weight", dtype:
     """
     damped = gram.to(torch.float64, copy=True)
     damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(LEAST_MEAN))
-    factor, failed = torch.linalg.cholesky_ex(damped.flip((0, 1)))
+    factor, failed = torch.linalg.cholesky_ex(damped.flip((0, 1)), upper=True)
     if failed.any() or not torch.isfinite(factor).all():
         raise RunError(
             f"cannot quantise tensor '{name}': its Gram matrix is not positive definite, although {damping:.3g} of its "
             "mean diagonal was added to the diagonal (broken statistics, or too few positions for so little damping)"
         )
-    return factor.T.flip((0, 1)).to(dtype).contiguous()
+    return factor.flip((0, 1)).to(dtype)
 
 
 def feedback(weight: Tensor, steps: Tensor, factor: Tensor, qmax: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
