@@ -18,7 +18,7 @@ TOTAL = 2**20
 MOST = 1_037_200  # below TOTAL * 2^(-1/64), with room for the coder's rounding
 VALUES_PER_BYTE = 512
 UNIT = 64  # weight of one symbol, so that priors can weigh less
-FIRST = 24  # symbols before the first refresh
+FIRST = 8  # symbols before the first refresh
 
 
 def frequencies(counts: np.ndarray) -> np.ndarray:

@@ -217,14 +217,15 @@ class Walk:
 
 
 class EntropyCoder:
-    """The coder "entropy"; its effort has no levels. A CRC-32 of all that is decoded stands before the stream."""
+    """The coder "entropy"; its effort has no levels. A CRC-32 of all that is decoded, and of its length, comes first."""
 
     def encode(self, tensors: Sequence[QuantizedTensor], level: int) -> bytes:
         """Return the coded bytes of ``tensors``; raises ValueError where trellises have too many columns."""
         _check_columns([entry_of(tensor) for tensor in tensors])
         writer = Writer()
         walk = through(writer, tensors)
-        return CHECK.pack(walk.check) + writer.data()
+        data = writer.data()
+        return _check(walk, data) + data
 
     def decode(self, stream: memoryview, table: Sequence[Entry]) -> dict[str, QuantizedTensor]:
         """Return the tensors of a coded stream; raises ValueError with the reason where it is not one of ``table``."""
@@ -238,7 +239,7 @@ class EntropyCoder:
         walk = Walk(reader)
         found = {entry.name: assemble(entry, walk.tensor(entry, {})) for entry in table}
         reader.finish()
-        if walk.check != CHECK.unpack_from(stream)[0]:
+        if stream[: CHECK.size] != _check(walk, stream[CHECK.size :]):
             raise ValueError("its decoded values do not match their checksum")
         return found
 
@@ -300,6 +301,10 @@ def through(port: Port, tensors: Sequence[QuantizedTensor]) -> Walk:
 
 def _contexts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (np.clip(a + b, 0, CLASSES - 1) * 2).astype(np.uint8)
+
+
+def _check(walk: Walk, data: bytes | memoryview) -> bytes:
+    return CHECK.pack(zlib.crc32(CHECK.pack(len(data)), walk.check))
 
 
 def _check_columns(table: Sequence[Entry]) -> None:

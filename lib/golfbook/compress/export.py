@@ -8,9 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from golfbook.compress.budget import code_bytes
-from golfbook.compress.container import write_artifact
+from golfbook.compress.container import expected_bytes, write_artifact
 from golfbook.compress.fit import Fitted, fit
 from golfbook.compress.quantizer import QuantizedTensor, Statistics, quantize
+from golfbook.compress.solver import solve, written
 from golfbook.config.schema import Config, QuantizeConfig
 from golfbook.errors import RunError
 from golfbook.model.component import Storage, facts_of
@@ -33,7 +34,14 @@ def export(
     def write(quantized: Mapping[str, QuantizedTensor], quantize_config: QuantizeConfig) -> int:
         return write_artifact(path, shape, quantized, tokenizer_sha256, quantize_config, length)
 
-    return fit(state, storage, config.quantize, statistics, write, config.budget.limit_bytes - code_bytes())
+    def expect(quantized: Mapping[str, QuantizedTensor], quantize_config: QuantizeConfig) -> int:
+        return expected_bytes(shape, quantized, tokenizer_sha256, quantize_config, length)
+
+    limit = config.budget.limit_bytes - code_bytes()
+    if config.quantize.fit == "solve":
+        plan = solve(state, storage, config.quantize, statistics or {}, limit, expect)
+        return written(plan, write, limit)
+    return fit(state, storage, config.quantize, statistics, write, limit)
 
 
 def quantize_model(

@@ -39,7 +39,8 @@ class Fitted:
     """What was stored and what was done to make it fit.
 
     ``config`` holds the settings that the artifact names, with the level of the coder that was used; ``coarse_layers``
-    are at 5 bits, ``pruned`` counts the integers -1 and 1 that became 0, out of ``candidates``.
+    are at 5 bits, ``pruned`` counts the integers -1 and 1 that became 0, out of ``candidates``. A solved budget knew
+    ``expected_bytes``, and the loss that quantising adds, in nats a token, before anything was written.
     """
 
     quantized: dict[str, QuantizedTensor]
@@ -49,6 +50,8 @@ class Fitted:
     coarse_layers: tuple[int, ...] = ()
     pruned: int = 0
     candidates: int = 0
+    expected_bytes: int = 0
+    expected_loss: float = 0.0
 
     @property
     def artifact_bytes(self) -> int:
@@ -71,6 +74,7 @@ class Fitted:
         done = {
             "none": f"set quantize.fit: {next_rule}, or " if next_rule else "set ",
             "ladder": f"its {len(self.coarse_layers)} layers are at {COARSE_BITS} bits already: set ",
+            "solve": "no step is coarse enough: set a smaller passthrough_numel, ",
             "prune": f"all {self.candidates:,} integers that may become zero are zero already: set ",
         }.get(self.config.fit, "set ")
         fewer = "quantize.rate.bits" if self.config.quantizer == "rate_distortion" else "quantize.matrix_bits"
@@ -88,6 +92,8 @@ class Fitted:
             "pruned_integers": self.pruned,
             "artifact_limit_bytes": self.limit_bytes,
             "over_bytes": self.over_bytes,
+            "expected_artifact_bytes": self.expected_bytes,
+            "expected_loss_increase": self.expected_loss,
         }
 
 

@@ -7,17 +7,19 @@ costs a quantisation and no file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from golfbook.compress.entropy import cross_entropy_bits
+from golfbook.compress.fit import Attempt, Fitted, Write
 from golfbook.compress.quantizer import QuantizedTensor, Statistics
 from golfbook.compress.rate_distortion import Relief, common_step, fisher, quantize_at, survey
 from golfbook.config.schema import QuantizeConfig
 from golfbook.model.component import Storage
 
+# The expected bytes of an artifact with these tensors and settings.
+Expect = Callable[[Mapping[str, QuantizedTensor], QuantizeConfig], int]
 FULL = 0.9995  # share of the limit that a plan aims at: the last bytes are not worth another search
 ROUNDS = 5
 LEAST_BITS = 0.25  # a weight: below it there is nothing left to tell
@@ -41,21 +43,28 @@ def solve(
     config: QuantizeConfig,
     statistics: Statistics,
     limit: int,
-    overhead: Callable[[Sequence[QuantizedTensor]], int],
+    expect: Expect,
 ) -> Plan:
     """Return the plan with the least predicted loss whose artifact has at most ``limit`` bytes.
 
-    ``overhead`` counts the bytes of an artifact that its coder does not, the header above all. What is sought: which
-    small matrices stay float16, by plain rounding; then the common step, with ``config.rate.states``. Where not even
-    zeros fit, the plan is the coarsest that was found, and over the limit.
+    ``expect`` tells the bytes of an artifact without making it. What is sought: which small matrices stay float16, by
+    plain rounding; then the common step, with ``config.rate.states``. Where nothing fits, the plan is the smallest that
+    was found, and over the limit.
     """
     sizes = sorted({config.passthrough_numel, *(size for size in SMALL if size < config.passthrough_numel)})
     rounded = config.rate.model_copy(update={"states": 1})
     tries = [config.model_copy(update={"passthrough_numel": size, "rate": rounded}) for size in sizes]
-    plans = [_filled(state, storage, one, statistics, limit, overhead, rounds=2) for one in tries]
+    plans = [_filled(state, storage, one, statistics, limit, expect, rounds=2) for one in tries]
     best = min(plans, key=lambda plan: (max(plan.bytes - limit, 0) // 64, plan.loss))
     final = best.config.model_copy(update={"rate": config.rate})
-    return _filled(state, storage, final, statistics, limit, overhead, ROUNDS, best.config.rate.bits)
+    return _filled(state, storage, final, statistics, limit, expect, ROUNDS, best.config.rate.bits)
+
+
+def written(plan: Plan, write: Write, limit: int) -> Fitted:
+    """Write the artifact of a plan; return what is stored, with what was expected of it."""
+    size = write(plan.quantized, plan.config)
+    found = [Attempt(f"expected {plan.bytes:,} bytes at {plan.config.rate.bits:.2f} bits a weight", size)]
+    return Fitted(plan.quantized, plan.config, limit, found, expected_bytes=plan.bytes, expected_loss=plan.loss)
 
 
 def _filled(
@@ -64,7 +73,7 @@ def _filled(
     config: QuantizeConfig,
     statistics: Statistics,
     limit: int,
-    overhead: Callable[[Sequence[QuantizedTensor]], int],
+    expect: Expect,
     rounds: int,
     bits: float = 0.0,
 ) -> Plan:
@@ -75,9 +84,8 @@ def _filled(
     step, found = common_step(reliefs, bits), list[Plan]()
     for _ in range(rounds):
         quantized = quantize_at(step, state, storage, config, reliefs)
-        tensors = [quantized[name] for name in sorted(quantized)]
-        size = round(cross_entropy_bits(tensors) / 8) + overhead(tensors)
         named = config.model_copy(update={"rate": config.rate.model_copy(update={"bits": round(bits, 4)})})
+        size = expect(quantized, named)
         found.append(Plan(quantized, named, size, predicted_loss(quantized, reliefs, statistics)))
         missing = 8 * (FULL * limit - size) / max(weights, 1)  # bits a weight
         if 0 <= limit - size <= 2 * (1 - FULL) * limit or bits + missing < LEAST_BITS or not weights:

@@ -254,6 +254,8 @@ class QuantizeConfig(Section):
         fits = {"percentiles": ("none",), "row_maximum": ("none", "ladder"), "gptq": ("none", "prune")}
         if self.fit not in fits.get(self.quantizer, ("none", "solve")):
             raise ValueError(f"quantize.fit '{self.fit}' is not made for quantize.quantizer '{self.quantizer}'")
+        if self.fit == "solve" and self.coder != "entropy":
+            raise ValueError(f"quantize.fit 'solve' knows sizes under quantize.coder 'entropy', not '{self.coder}'")
         if self.fit == "ladder" and (self.coder != "zstd" or self.matrix_bits <= 5):
             raise ValueError(
                 "quantize.fit 'ladder' tries levels of zstd and 5 bits: it needs quantize.coder 'zstd' and "

@@ -12,6 +12,7 @@ from typing import Any
 
 from golfbook import activity, compute
 from golfbook.compress.budget import size_report
+from golfbook.compress.calibration import calibrate
 from golfbook.compress.container import read_artifact
 from golfbook.compress.export import export
 from golfbook.compress.quantizer import dequantize
@@ -51,8 +52,10 @@ def run_quantization(run: Run) -> dict[str, Any]:
         trained = load_model(run)
         checkpoint_hash = sha256_file(run.checkpoint_path)
         started = time.perf_counter()
-        fitted = export(run.artifact_path, trained, config, data.tokenizer.sha256)
-        seconds = time.perf_counter() - started
+        statistics = calibrate(trained, config, data)
+        calibrated = time.perf_counter()
+        fitted = export(run.artifact_path, trained, config, data.tokenizer.sha256, statistics)
+        seconds = time.perf_counter() - calibrated
         atomic_write_bytes(run.tokenizer_path, data.tokenizer.path.read_bytes())
         trained.load_state_dict(dequantize(fitted.quantized), strict=config.model.mtp.num_heads == 0)
         in_memory = _score(run, trained, data, config.window)
@@ -73,6 +76,7 @@ def run_quantization(run: Run) -> dict[str, Any]:
                 "float_val_bpb": before["val_bpb"],
                 "unigram_bpb": data.info["unigram_bpb"],
                 "validation_changes": data.info["validation_changes"],
+                "calibration_seconds": calibrated - started,
                 "quantize_seconds": seconds,
                 **size_report(loaded.bytes, config.budget.limit_bytes),
             },

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from golfbook.compress.calibration import calibrate
 from golfbook.compress.container import find_tokenizer, read_artifact
 from golfbook.compress.export import export
 from golfbook.config.schema import BudgetConfig, ScoreConfig
@@ -132,7 +133,7 @@ def _train(folder: Path, config: Path) -> int:
     status = loop.train(run)
     if status or int(os.environ.get("RANK", 0)):
         return status
-    tokenizer = dataset.prepare(run.config).tokenizer
-    export(run.artifact_path, load_model(run), run.config, tokenizer.sha256)
-    atomic_write_bytes(run.tokenizer_path, tokenizer.path.read_bytes())
+    data, model = dataset.prepare(run.config), load_model(run)
+    export(run.artifact_path, model, run.config, data.tokenizer.sha256, calibrate(model, run.config, data))
+    atomic_write_bytes(run.tokenizer_path, data.tokenizer.path.read_bytes())
     return 0
