@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from golfbook.analysis.statistics import describe
+from golfbook.compress.calibration import calibrate
 from golfbook.compress.coders import Coder
 from golfbook.compress.container import read_artifact
 from golfbook.compress.export import export, quantize_model
@@ -78,7 +79,7 @@ def store_and_score(model: GPT, config: Config, data: Dataset, targets: int) -> 
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.golf"
-        export(path, model, config, data.tokenizer.sha256)
+        export(path, model, config, data.tokenizer.sha256, calibrate(model, config, data))
         loaded = read_artifact(path)
     tokens = data.val_tokens[: targets + 1]
     nll = scoring.score(loaded.build(), tokens, window=config.window, stride=config.window)

@@ -52,7 +52,7 @@ class Relief:
 
     def steps(self, common: float) -> QuantizedTensor:
         """Return what is stored of the steps: a float16 scale and logs in quarter octaves; ``q`` is zeros."""
-        scale, logs = math.log2(common * self.overall) * 4, []
+        scale, logs = math.log2(common * self.overall) * 4, list[Tensor | None]()
         for steps in (self.rows, self.columns):
             if steps is None:
                 logs.append(None)
@@ -66,7 +66,6 @@ class Relief:
         empty = torch.zeros((1, 1), dtype=torch.int16).expand_as(self.weight)
         half = torch.tensor(2 ** (scale / 4)).half().clamp_min(2.0**-24)
         return QuantizedTensor("", "step", 0, q=empty, scale=half, rows=logs[0], columns=logs[1])
-
 
     def scaled(self, every: int) -> tuple[Tensor, Tensor]:
         """Return every n-th row's weights over their steps at s0 = 1, flat, and log2 of what they deviate by."""
@@ -113,7 +112,7 @@ def quantize_at(
     config: QuantizeConfig,
     reliefs: Mapping[str, Relief],
 ) -> dict[str, QuantizedTensor]:
-    """Quantise the matrices of ``reliefs`` at the step s0 = ``common`` and keep the rest as it is; see the quantiser."""
+    """Quantise the matrices of ``reliefs`` at the step s0 = ``common``, and store the rest as floats."""
     stored = {}
     for name, tensor in state.items():
         if name in reliefs:
@@ -229,9 +228,7 @@ def coded(name: str, relief: Relief, common: float, rate: RateConfig) -> Quantiz
     return QuantizedTensor(name, "step", 0, q, stored.scale, None, stored.rows, stored.columns, rate.states)
 
 
-def _walks(
-    relief: Relief, steps: Tensor, states: int, prices: Prices | None = None, rate: float = 0.0
-) -> Tensor:
+def _walks(relief: Relief, steps: Tensor, states: int, prices: Prices | None = None, rate: float = 0.0) -> Tensor:
     """Return the integers (R, C) int16 of all rows, block by block where rows feed each other."""
     weight, factor, mixer = relief.weight, relief.factor, relief.mixer
     if mixer is None or factor is None:

@@ -57,6 +57,8 @@ def run_quantization(run: Run) -> dict[str, Any]:
         fitted = export(run.artifact_path, trained, config, data.tokenizer.sha256, statistics)
         seconds = time.perf_counter() - calibrated
         atomic_write_bytes(run.tokenizer_path, data.tokenizer.path.read_bytes())
+        if fitted.warning:
+            print(f"{run.name}: {fitted.warning}", flush=True)
         trained.load_state_dict(dequantize(fitted.quantized), strict=config.model.mtp.num_heads == 0)
         in_memory = _score(run, trained, data, config.window)
         loaded = read_artifact(run.artifact_path)
@@ -74,11 +76,13 @@ def run_quantization(run: Run) -> dict[str, Any]:
                 "val_bpb": reloaded["val_bpb"],
                 "dequantized_val_loss": in_memory["val_loss"],
                 "float_val_bpb": before["val_bpb"],
+                "tax_bpb": reloaded["val_bpb"] - before["val_bpb"],
                 "unigram_bpb": data.info["unigram_bpb"],
                 "validation_changes": data.info["validation_changes"],
                 "calibration_seconds": calibrated - started,
                 "quantize_seconds": seconds,
                 **size_report(loaded.bytes, config.budget.limit_bytes),
+                **fitted.report(),
             },
             reads={run.checkpoint_path.name: checkpoint_hash, "dataset": data.fingerprint},
             writes=run.artifact_path,
