@@ -91,7 +91,9 @@ class Yardstick:
     def measure(self, model: GPT) -> dict[str, float]:
         """Return ``val_bpb``, ``tax_bpb`` and ``divergence_bpb`` of a quantised model."""
         loss = divergence = 0.0
-        pieces = zip(self._logits(model), self.float_logits.split(self.rows), self.targets.split(self.rows), strict=True)
+        pieces = zip(
+            self._logits(model), self.float_logits.split(self.rows), self.targets.split(self.rows), strict=True
+        )
         for logits, before, targets in pieces:
             log_q, log_p = logits.log_softmax(-1), before.log_softmax(-1)  # (rows, T, V)
             loss -= float(log_q.gather(2, targets[..., None]).sum())
@@ -146,7 +148,9 @@ def measure(
     return pd.DataFrame(rows)
 
 
-def bytes_at(frame: pd.DataFrame, quality: float, column: str = "divergence_bpb", size: str = "artifact_bytes") -> float:
+def bytes_at(
+    frame: pd.DataFrame, quality: float, column: str = "divergence_bpb", size: str = "artifact_bytes"
+) -> float:
     """Return the bytes at which a recipe reaches a tax, between its measured rates: log tax is linear in bytes there.
 
     ``frame`` holds the rows of one recipe and one model. NaN where the tax lies outside what was measured.

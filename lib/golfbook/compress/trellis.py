@@ -29,6 +29,8 @@ def transitions(states: int) -> Tensor:
     With bits counted from the lowest, bit j of the next register is bit j+1 of this one, plus ``h1_j+1 z1 + h0_j+1 z0``
     modulo 2, where z0 is bit 0 of this one: systematic feedback encoding.
     """
+    if states == 1:
+        return torch.zeros((1, 2), dtype=torch.int64)
     h0, h1 = POLYNOMIALS[states]
     state = torch.arange(states)
     free = torch.where(state % 2 == 1, h0 >> 1, 0)
