@@ -73,6 +73,11 @@ def entry_of(tensor: QuantizedTensor) -> Entry:
     return Entry(tensor.name, code, tensor.shape)
 
 
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the rows and columns that a tensor of any shape is coded as."""
+    return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
+
+
 def parts(entry: Entry) -> list[Part]:
     """Return the arrays that a tensor consists of, side information first."""
     code, shape = entry.code, entry.shape

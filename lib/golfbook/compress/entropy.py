@@ -17,7 +17,7 @@ from math import prod
 import numpy as np
 import torch
 
-from golfbook.compress.coders import Entry, arrays_of, assemble, entry_of, parts
+from golfbook.compress.coders import Entry, arrays_of, assemble, entry_of, matrix, parts
 from golfbook.compress.contexts import BOUNDS, CLASSES, HALVES, SHIFTS, fit, prior
 from golfbook.compress.counts import UNIT, VALUES_PER_BYTE, Port, Reader, Table, Writer
 from golfbook.compress.quantizer import QuantizedTensor
@@ -247,11 +247,6 @@ class EntropyCoder:
 ENTROPY = EntropyCoder()
 
 
-def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the rows and columns that a tensor of any shape is coded as."""
-    return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
-
-
 def vector_bits(values: np.ndarray) -> float:
     """Return about the bits that whole numbers take: next to nothing where they are all the same."""
     return min(_entropy(values), _entropy(np.diff(values.astype(int)))) if np.ptp(values.astype(int)) else 0.0
@@ -287,7 +282,7 @@ def _alike(q: np.ndarray) -> np.ndarray:
     tried = exact[:: max(1, len(q) // TRIED)]
     energy = (exact**2).sum(1)
     apart = energy[:, None] - 2 * exact @ tried.T + (tried**2).sum(1)
-    close = apart < energy.mean() / 4
+    close = apart < energy.mean() / 16
     return close[:, close.sum(0).argmax()]
 
 
