@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_coders.py [--run RUN_FOLDER] [--millions 6] [--threads 1]
 
-Without a run: Gaussian matrices of the shapes of PR 1166 whose deviations vary by row and column, in about 3.7 bits, with
-a step a row and a column; once without a trellis and once with one of 8 states. With a finished run: its trained model
-as its own quantiser stores it. All coders at their best level, xz also at the published one. Every stream is decoded and
-compared. The last columns set the bytes against the cross-entropy under the entropy coder's own models.
+Without a run: Gaussian matrices of the shapes of PR 1166 whose deviations vary by row and column, in about 3.7 bits,
+with a step a row and a column; once without a trellis and once with one of 8 states. With a finished run: its trained
+model as its own quantiser stores it. All coders at their best level, xz also at the published one. Every stream is
+decoded and compared. The last column is over the cross-entropy under the entropy coder's own models.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def measure(title: str, tensors: Sequence[QuantizedTensor]) -> None:
     started = time.perf_counter()
     predicted = sum(estimate_bits(tensors).values()) / 8
     print(
-        f"\n{title}: {integers:,} integers; cross-entropy under the models of 'entropy' {least:,.0f} bytes with all side "
-        f"information; estimate of the integers alone {predicted:,.0f} in {time.perf_counter() - started:.2f} s"
+        f"\n{title}: {integers:,} integers; cross-entropy under the models of 'entropy' {least:,.0f} bytes, with all "
+        f"side information; estimate of the integers alone {predicted:,.0f} in {time.perf_counter() - started:.2f} s"
     )
     print(
         f"{'coder':12s}{'bytes':>12s}{'bits each':>11s}{'encode s':>10s}{'decode s':>10s}{'above cross-entropy':>22s}"

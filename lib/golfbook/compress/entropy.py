@@ -217,7 +217,7 @@ class Walk:
 
 
 class EntropyCoder:
-    """The coder "entropy"; its effort has no levels. A CRC-32 of all that is decoded, and of its length, comes first."""
+    """The coder "entropy", which has no levels. A CRC-32 of all that is decoded, and of its length, comes first."""
 
     def encode(self, tensors: Sequence[QuantizedTensor], level: int) -> bytes:
         """Return the coded bytes of ``tensors``; raises ValueError where trellises have too many columns."""
