@@ -24,6 +24,7 @@ from golfbook.compress.quantizer import Kind, QuantizedTensor
 
 DECODER_BYTES = 2**27  # memory a decoder may ask for; preset 9 of xz needs 65 MiB
 STEP_BYTES = 2**20
+WIDE = np.dtype("<i2")
 # "q6" and "s6" are integers of 6 bits with float16 row scales, or with one float32 scale; "t8rc" is kind "step" with a
 # trellis of 8 states and logs of rows and columns; "h" and "f" are plain float16 and float32.
 CODES = re.compile(r"h|f|[qs][3-8]|t(1|4|8|16|32|64|128|256)r?c?")
@@ -73,6 +74,11 @@ def entry_of(tensor: QuantizedTensor) -> Entry:
     return Entry(tensor.name, code, tensor.shape)
 
 
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the rows and columns that a tensor of any shape is coded as."""
+    return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
+
+
 def parts(entry: Entry) -> list[Part]:
     """Return the arrays that a tensor consists of, side information first."""
     code, shape = entry.code, entry.shape
@@ -84,7 +90,7 @@ def parts(entry: Entry) -> list[Part]:
         return [Part("scale", half if code[0] == "q" else np.dtype("<f4"), scale), Part("q", np.dtype("i1"), shape)]
     logs = [("rows", shape[0])] * ("r" in code) + [("columns", shape[1])] * ("c" in code)
     found = [Part(field, np.dtype("u1"), (size,)) for field, size in logs]
-    return [Part("scale", half, ()), *found, Part("q", np.dtype("<i2"), shape)]
+    return [Part("scale", half, ()), *found, Part("q", WIDE, shape)]
 
 
 def arrays_of(tensor: QuantizedTensor) -> list[tuple[Part, np.ndarray]]:
@@ -142,8 +148,9 @@ class ByteCoder:
         for entry, part in places:
             size = _bytes(part)
             raw = np.frombuffer(body, np.uint8, size, position)
-            planes = part.dtype.itemsize if part.field == "q" else 1
-            found[entry.name][part.field] = raw.reshape(planes, -1).T.ravel().view(part.dtype).reshape(part.shape)
+            found[entry.name][part.field] = (_joined(raw) if part.dtype == WIDE else raw.view(part.dtype)).reshape(
+                part.shape
+            )
             position += size
         return {entry.name: assemble(entry, found[entry.name]) for entry in table}
 
@@ -154,10 +161,18 @@ def pack(tensors: Sequence[QuantizedTensor]) -> list[bytes]:
     pieces = []
     for entry, part in _layout([entry_of(tensor) for tensor in tensors]):
         array = arrays[entry.name][part.field]
-        if part.field == "q":
-            array = np.ascontiguousarray(array).view(np.uint8).reshape(-1, part.dtype.itemsize).T
-        pieces.append(array.tobytes())
+        pieces.append(_planes(array) if part.dtype == WIDE else array.tobytes())
     return pieces
+
+
+def _planes(wide: np.ndarray) -> bytes:
+    """Return low bytes, then high bytes that are 0 wherever the low byte, read with its sign, says it all."""
+    return wide.astype(np.int8).tobytes() + ((wide.astype(np.int32) + 128) >> 8).astype(np.int8).tobytes()
+
+
+def _joined(raw: np.ndarray) -> np.ndarray:
+    low, high = raw.view(np.int8).reshape(2, -1).astype(np.int32)
+    return (low + 256 * high).astype(WIDE)
 
 
 def _layout(table: Sequence[Entry]) -> list[tuple[Entry, Part]]:

@@ -73,7 +73,7 @@ def fit(squares: np.ndarray, side_bits: float = 2.5) -> tuple[np.ndarray, np.nda
         a, b = by_row, by_column - one[0]
         for _ in range(3):
             a = _classes(squares @ _shrink(b) / columns)
-            b = _classes(_shrink(a) @ squares / rows)
+            b = _classes(_shrink(a) @ squares / rows, 1 - CLASSES)
         tries.append((a, b))
     costs = []
     for a, b in tries:
@@ -85,10 +85,10 @@ def fit(squares: np.ndarray, side_bits: float = 2.5) -> tuple[np.ndarray, np.nda
     return a.astype(np.int16), b.astype(np.int16), min(costs)
 
 
-def _classes(mean: np.ndarray) -> np.ndarray:
+def _classes(mean: np.ndarray, least: int = 0) -> np.ndarray:
     """Return the classes of mean squares of 2q + z0."""
-    quarters = 2 * np.log2(np.maximum(mean / 4, 2.0**-12))
-    return np.clip(np.rint(quarters).astype(int) - LOWEST, 0, CLASSES - 1)
+    quarters = 2 * np.log2(np.maximum(mean / 4, 2.0**-24))
+    return np.clip(np.rint(quarters).astype(int) - LOWEST, least, CLASSES - 1)
 
 
 def _shrink(classes: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from math import prod
 import numpy as np
 import torch
 
-from golfbook.compress.coders import Entry, arrays_of, assemble, entry_of, parts
+from golfbook.compress.coders import Entry, arrays_of, assemble, entry_of, matrix, parts
 from golfbook.compress.contexts import BOUNDS, CLASSES, HALVES, SHIFTS, fit, prior
 from golfbook.compress.counts import UNIT, VALUES_PER_BYTE, Port, Reader, Table, Writer
 from golfbook.compress.quantizer import QuantizedTensor
@@ -217,7 +217,7 @@ class Walk:
 
 
 class EntropyCoder:
-    """The coder "entropy"; its effort has no levels. First comes a CRC-32 of all that is decoded and its length."""
+    """The coder "entropy", which has no levels. A CRC-32 of all that is decoded, and of its length, comes first."""
 
     def encode(self, tensors: Sequence[QuantizedTensor], level: int) -> bytes:
         """Return the coded bytes of ``tensors``; raises ValueError where trellises have too many columns."""
@@ -245,11 +245,6 @@ class EntropyCoder:
 
 
 ENTROPY = EntropyCoder()
-
-
-def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the rows and columns that a tensor of any shape is coded as."""
-    return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
 
 
 def vector_bits(values: np.ndarray) -> float:
@@ -287,7 +282,7 @@ def _alike(q: np.ndarray) -> np.ndarray:
     tried = exact[:: max(1, len(q) // TRIED)]
     energy = (exact**2).sum(1)
     apart = energy[:, None] - 2 * exact @ tried.T + (tried**2).sum(1)
-    close = apart < energy.mean() / 4
+    close = apart < energy.mean() / 16
     return close[:, close.sum(0).argmax()]
 
 

@@ -8,10 +8,10 @@ from itertools import pairwise
 import numpy as np
 from scipy.special import gammaln
 
-from golfbook.compress.coders import entry_of
+from golfbook.compress.coders import entry_of, matrix
 from golfbook.compress.contexts import BOUNDS, CLASSES, HALVES, SHIFTS, prior
 from golfbook.compress.counts import TOTAL, UNIT, Port, Table, folded
-from golfbook.compress.entropy import described, matrix, through, vector_bits
+from golfbook.compress.entropy import described, through, vector_bits
 from golfbook.compress.quantizer import QuantizedTensor
 from golfbook.compress.trellis import points
 
