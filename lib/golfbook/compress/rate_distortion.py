@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from golfbook.compress.estimates import estimate_bits
 from golfbook.compress.gptq import reverse_factor
 from golfbook.compress.quantizer import QuantizedTensor, Statistics, check_range, finite, unquantized
 from golfbook.compress.trellis import points
@@ -30,6 +31,8 @@ K_SIGMA = {"matrix": 13 / 31, "mlp": 11.5 / 31, "other": 14 / 63, "control": 14 
 FAR = 32  # quarter octaves: no row's or column's step is further from the median one
 # What a bit is worth where the loss falls as 4^-bits: 2 ln 2 times the error step^2 / 12, in squares of half a step.
 SLOPE = 2 * math.log(2) / 12 * 4
+# Deviations of a matrix's weights: no mean step is larger. The loss is a quadratic form for small errors only.
+COARSEST = 2.0
 ROW_BLOCKS = 8
 SAMPLE = 2**19  # weights on which the common step is sought
 
@@ -52,7 +55,9 @@ class Relief:
 
     def steps(self, common: float) -> QuantizedTensor:
         """Return what is stored of the steps: a float16 scale and logs in quarter octaves; ``q`` is zeros."""
-        scale, logs = math.log2(common * self.overall) * 4, list[Tensor | None]()
+        coarsest = COARSEST * float(self.weight.square().mean().sqrt())
+        step = common * self.overall
+        scale, logs = math.log2(min(step, coarsest) if coarsest else step) * 4, list[Tensor | None]()
         for steps in (self.rows, self.columns):
             if steps is None:
                 logs.append(None)
@@ -66,6 +71,11 @@ class Relief:
         empty = torch.zeros((1, 1), dtype=torch.int16).expand_as(self.weight)
         half = torch.tensor(2 ** (scale / 4)).half().clamp_min(2.0**-24)
         return QuantizedTensor("", "step", 0, q=empty, scale=half, rows=logs[0], columns=logs[1])
+
+    def cost(self, stored: QuantizedTensor) -> float:
+        """Return bits with what errors are worth in bits, to choose between two ways to store this at one step."""
+        error = ((self.weight - stored.dequantize()) / stored.steps()).square().mean()
+        return sum(estimate_bits([stored]).values()) + self.weight.numel() / 2 * math.log2(float(error) + 1e-12)
 
     def scaled(self, every: int) -> tuple[Tensor, Tensor]:
         """Return every n-th row's weights over their steps at s0 = 1, flat, and log2 of what they deviate by."""
@@ -116,7 +126,11 @@ def quantize_at(
     stored = {}
     for name, tensor in state.items():
         if name in reliefs:
-            stored[name] = coded(name, reliefs[name], common, config.rate)
+            found = [coded(name, reliefs[name], common, config.rate, config.rate.states)]
+            if storage[name] == "other" and config.rate.states > 1:
+                # rows of tokens that training never saw are alike, which the coder can use where there is no trellis
+                found.append(coded(name, reliefs[name], common, config.rate, 1))
+            stored[name] = min(found, key=reliefs[name].cost)
         else:
             weight = finite(name, tensor)
             large = storage[name] == "control" and weight.numel() > config.passthrough_numel
@@ -214,18 +228,18 @@ def fisher(known: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return trace / trace.sum(), output.sum() * gram + rows.sum() * columns
 
 
-def coded(name: str, relief: Relief, common: float, rate: RateConfig) -> QuantizedTensor:
-    """Return the integers of one matrix at the step s0 = ``common``."""
+def coded(name: str, relief: Relief, common: float, rate: RateConfig, states: int) -> QuantizedTensor:
+    """Return the integers of one matrix at the step s0 = ``common``, with a trellis of ``states`` states."""
     stored = relief.steps(common)
     assert stored.scale is not None
     check_range(name, relief.weight, stored.scale)
     steps = stored.steps()
     if (relief.weight / steps).abs().max() > 2**14:
         raise RunError(f"cannot quantise tensor '{name}': its step is too small for its weights (quantize.rate.bits)")
-    q = _walks(relief, steps, rate.states)
+    q = _walks(relief, steps, states)
     if rate.rate_weight:
-        q = _walks(relief, steps, rate.states, prices(q, rate.states), rate.rate_weight * SLOPE)
-    return QuantizedTensor(name, "step", 0, q, stored.scale, None, stored.rows, stored.columns, rate.states)
+        q = _walks(relief, steps, states, prices(q, states), rate.rate_weight * SLOPE)
+    return QuantizedTensor(name, "step", 0, q, stored.scale, None, stored.rows, stored.columns, states)
 
 
 def _walks(relief: Relief, steps: Tensor, states: int, prices: Prices | None = None, rate: float = 0.0) -> Tensor:
