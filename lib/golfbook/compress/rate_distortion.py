@@ -6,6 +6,10 @@ the mean squared gradient at output i and H the Gram matrix of the inputs (a Fis
 ``L_jj`` times its own; so the same loss everywhere, for each bit that is spent, means the step
 ``s0 / (sqrt(g_i) L_jj)`` with one s0 for the whole model (reverse water-filling; WaterSIC, arXiv 2603.04956, has the
 columns of one matrix, Radio, arXiv 2505.03031, the tensors). How many bits that takes is the entropy coder's matter.
+
+With the whole matrix G of products of gradients, errors can be fed to later rows as well (``feedback: both``). On a PR
+1166 model of small scale, 1,600 steps, that lowered ``tr(G E H E^T)`` but doubled the divergence of the predictions at
+equal bits (0.0014 to 0.0027 bits per byte at 3.5 bits), so the default is "columns".
 """
 
 from __future__ import annotations

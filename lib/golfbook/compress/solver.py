@@ -98,11 +98,16 @@ def _filled(
 def predicted_loss(
     quantized: Mapping[str, QuantizedTensor], reliefs: Mapping[str, Relief], statistics: Statistics
 ) -> float:
-    """Return the loss in nats a token that errors of the quantised matrices add: ``1/2 sum_i g_i e_i H e_i^T``."""
+    """Return the loss in nats a token that errors E of the quantised matrices add: ``1/2 tr(G E H E^T)`` for each.
+
+    G holds the products of gradients where they are known, else their squares alone: ``1/2 sum_i g_i e_i H e_i^T``.
+    """
     loss = 0.0
     for name, relief in reliefs.items():
         if statistics.get(name):
             rows, gram = fisher(statistics[name])
             error = (relief.weight - quantized[name].dequantize()).double()
-            loss += 0.5 * float(((error @ gram.double() * error).sum(dim=1) * rows.double()).sum())
+            products = statistics[name].get("outputs")
+            weighted = rows.double()[:, None] * error if products is None else products.double() @ error
+            loss += 0.5 * float((error @ gram.double() * weighted).sum())
     return loss
