@@ -124,8 +124,8 @@ def test_feedback_lowers_the_loss_of_what_is_decoded(states: int) -> None:
     weight, inputs = drawn(24, 70), gram(70)
     factor, step = gptq.reverse_factor(inputs, 0.01), torch.tensor([[0.5]])
     losses = []
-    for given in (None, factor):
-        q = search(weight, step, states, given)
+    for fed in (None, factor):
+        q = search(weight, step, states, fed)
         errors = weight - torch.tensor([plain.decode(row, states) for row in q.tolist()]) * 0.25
         losses.append(gptq.output_loss(errors, factor))
     assert losses[1] < 0.75 * losses[0]

@@ -47,11 +47,11 @@ def collect(
     - the head: "gram" (D, D) of the final state and its squared gradient at each logit before the soft cap, (V,):
       "gradient" of an untied head, "output" of a table that is the head too.
 
-    Gradients come only with ``gradients``; with ``outputs`` linear maps but the head have "outputs" (R, R) too, the
-    mean of the product of each two of them, whose diagonal is "gradient". Without ``recurrence`` the second passes of blocks are left out, as the
-    published runs have it (PR 1406 section 14.1). What only training uses is not run. Where processes work together the
-    sums are over all of them. The model works in eval mode on its own device and is left as it was. Raises
-    :class:`DataError` where there is no batch.
+    Gradients come only with ``gradients``; with ``outputs`` linear maps other than the head also have "outputs" (R, R),
+    the mean of the products of each two of them, whose diagonal is "gradient". Without ``recurrence`` the second passes
+    of blocks are left out, as the published runs have it (PR 1406 section 14.1). What only training uses is not run.
+    Where processes work together the sums are over all of them. The model works in eval mode on its own device and is
+    left as it was. Raises :class:`DataError` where there is no batch.
     """
     tally = _Tally(model, gradients, outputs, recurrence)
     with evaluating(model), tally.watching(), torch.set_grad_enabled(gradients):
