@@ -222,10 +222,18 @@ def test_statistics_that_do_not_fit_name_the_tensor(change: dict[str, Tensor], r
 def test_weights_that_cannot_be_stored_name_the_tensor() -> None:
     with pytest.raises(RunError, match=r"'w'.*not finite"):
         quantize({"w": torch.full((4, 5), math.inf)}, {"w": "mlp"}, settings(rule="equal", feedback="none"))
+    with pytest.raises(RunError, match=r"'w'.*does not fit float16"):
+        quantize({"w": 1e9 * drawn(40, 50)}, {"w": "mlp"}, settings(rule="equal", feedback="none", bits=3))
+
+
+@pytest.mark.parametrize("states", [1, 8])
+def test_a_far_outlier_keeps_its_value_and_its_integer_in_bounds(states: int) -> None:
     wide = drawn(40, 50)
-    wide[0, 0] = 1e5
-    with pytest.raises(RunError, match=r"'w'.*step is too small.*quantize.rate.bits"):
-        quantize({"w": wide}, {"w": "mlp"}, settings(rule="equal", feedback="none", bits=12))
+    wide[0, 0] = 1e4
+    config = settings(bits=12, states=states)
+    stored = quantize({"w": wide}, {"w": "mlp"}, config, {"w": known(40, 50)})["w"]
+    assert 2**11 < stored.q.int().abs().max() < 2**14
+    assert float(stored.dequantize()[0, 0]) == pytest.approx(1e4, rel=1e-3)
 
 
 def test_what_has_no_statistics_and_what_is_no_matrix_stays_float() -> None:

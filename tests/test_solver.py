@@ -10,10 +10,9 @@ import torch
 
 from golfbook.compress.budget import code_bytes
 from golfbook.compress.container import read_artifact
-from golfbook.compress.export import export, quantize_model
+from golfbook.compress.export import export
 from golfbook.compress.fit import Fitted
 from golfbook.compress.quantizer import Statistics, dequantize
-from golfbook.compress.solver import FULL
 from golfbook.compress.statistics import collect
 from golfbook.config.load import load_config
 from golfbook.config.schema import Config

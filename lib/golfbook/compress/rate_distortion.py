@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,7 +64,10 @@ class Relief:
         return COARSEST * float(self.weight.square().mean().sqrt()) / self.overall or math.inf
 
     def steps(self, common: float) -> QuantizedTensor:
-        """Return what is stored of the steps: a float16 scale and logs in quarter octaves; ``q`` is zeros."""
+        """Return what is stored of the steps: a float16 scale and logs in quarter octaves; ``q`` is zeros.
+
+        Steps are as ``common`` says, but neither coarser than makes sense nor so fine that integers pass 2^13.
+        """
         scale, logs = math.log2(min(common, self.coarsest) * self.overall) * 4, list[Tensor | None]()
         for steps in (self.rows, self.columns):
             if steps is None:
@@ -77,8 +80,9 @@ class Relief:
             scale += float((exact - log).mean())  # rounding changes no mean step
             logs.append(log.to(torch.uint8))
         empty = torch.zeros((1, 1), dtype=torch.int16).expand_as(self.weight)
-        half = torch.tensor(2 ** (scale / 4)).half().clamp_min(2.0**-24)
-        return QuantizedTensor("", "step", 0, q=empty, scale=half, rows=logs[0], columns=logs[1])
+        unit = QuantizedTensor("", "step", 0, q=empty, scale=torch.ones(()).half(), rows=logs[0], columns=logs[1])
+        finest = float((self.weight / unit.steps()).abs().max()) / 2**13
+        return replace(unit, scale=torch.tensor(max(2 ** (scale / 4), finest, 2.0**-24)).half())
 
     def cost(self, stored: QuantizedTensor) -> float:
         """Return bits with what errors are worth in bits, to choose between two ways to store this at one step."""
@@ -252,8 +256,6 @@ def coded(name: str, relief: Relief, common: float, rate: RateConfig, states: in
     assert stored.scale is not None
     check_range(name, relief.weight, stored.scale)
     steps = stored.steps()
-    if (relief.weight / steps).abs().max() > 2**14:
-        raise RunError(f"cannot quantise tensor '{name}': its step is too small for its weights (quantize.rate.bits)")
     q = _walks(relief, steps, states)
     if rate.rate_weight:
         q = _walks(relief, steps, states, prices(q, states), rate.rate_weight * SLOPE)
