@@ -331,6 +331,25 @@ def test_calibration_reads_no_validation_text(source: calibration.Source, datase
         assert len(set(first[:, 0].tolist())) == 5
 
 
+@pytest.mark.parametrize("source", ["training", "generated", "random"])
+def test_what_a_stage_asks_for_reads_no_validation_text(source: str, dataset: TrainingOnly) -> None:
+    """The one call of stages and scripts; it measures what the quantiser of the settings needs, and nothing else."""
+    base = {**SMALL, "model.vocab_size": 1100, "quantize.coder": "entropy", "train.sequence_length": TIME}
+    base |= {"train.batch_tokens": TIME, "score.stride": 1}
+    calibrated = {"quantize.calibration.source": source, "quantize.calibration.sequences": 3}
+    asked = {
+        "percentiles": (None, {}),
+        "gptq": ({"gram"}, calibrated),
+        "rate_distortion": ({"gram", "gradient"}, calibrated),
+        "both": ({"gram", "gradient", "outputs"}, {"quantize.rate.feedback": "both", **calibrated}),
+    }
+    for name, (kinds, settings) in asked.items():
+        chosen = {"quantize.quantizer": name.replace("both", "rate_distortion")} | settings
+        config = load_config("quickstart", seed=1, overrides=base | chosen)
+        found = calibration.calibrate(initialise(GPT(config.model), 0), config, dataset)
+        assert (found and set(found["blocks.0.mlp.fc.weight"])) == kinds, name
+
+
 def test_long_calibration_comes_in_batches(dataset: TrainingOnly, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "BATCH_TOKENS", 2 * TIME)
     model = noisy({"model.vocab_size": 1024})
