@@ -52,14 +52,10 @@ def statistics(model: GPT) -> Statistics:
     return collect(model, [(text[:, :-1], text[:, 1:])], gradients=True, outputs=True)
 
 
-def configured(limit: int, **rate: object) -> Config:
-    """Settings that leave an artifact ``limit`` bytes."""
-    given = {f"quantize.rate.{name}": value for name, value in rate.items()}
-    return load_config("quickstart", overrides=SMALL | SOLVE | given | {"budget.limit_bytes": code_bytes() + limit})
-
-
 def solved(folder: Path, model: GPT, statistics: Statistics, limit: int, **rate: object) -> Fitted:
-    return export(folder / "a.golf", model, configured(limit, **rate), "0" * 64, statistics)
+    given = {f"quantize.rate.{name}": value for name, value in rate.items()}
+    config = load_config("quickstart", overrides=SMALL | SOLVE | given)
+    return export(folder / "a.golf", model, config, "0" * 64, statistics, limit)
 
 
 @pytest.mark.parametrize(("limit", "rate"), [(24_000, {}), (18_000, {"states": 1}), (40_000, {"feedback": "both"})])

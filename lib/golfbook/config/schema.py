@@ -251,8 +251,8 @@ class QuantizeConfig(Section):
             raise ValueError("quantize.calibration has no effect: this quantiser looks at weights alone")
         if self.calibration.source != "generated" and self.calibration.temperature != CalibrationConfig().temperature:
             raise ValueError("quantize.calibration.temperature has no effect unless calibration.source is 'generated'")
-        fits = {"percentiles": ("none",), "row_maximum": ("none", "ladder"), "gptq": ("none", "prune")}
-        if self.fit not in fits.get(self.quantizer, ("none", "solve")):
+        made_for = {"ladder": "row_maximum", "prune": "gptq", "solve": "rate_distortion"}
+        if self.fit != "none" and self.quantizer != made_for[self.fit]:
             raise ValueError(f"quantize.fit '{self.fit}' is not made for quantize.quantizer '{self.quantizer}'")
         if self.fit == "solve" and self.coder != "entropy":
             raise ValueError(f"quantize.fit 'solve' knows sizes under quantize.coder 'entropy', not '{self.coder}'")
