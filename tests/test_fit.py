@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golfbook.compress.budget import code_bytes
 from golfbook.compress.container import read_artifact
 from golfbook.compress.export import export, quantize_model
 from golfbook.compress.fit import Fitted, fit, middle_out
@@ -257,14 +256,14 @@ def trained(preset: str, **overrides) -> tuple[GPT, Config]:
 
 def over_budget(config: Config, whole: int, share: float) -> Config:
     """The same settings with a limit that leaves ``share`` of the bytes ``whole`` to the artifact."""
-    limit = code_bytes() + int(share * whole)
+    limit = int(share * whole)
     return config.model_copy(update={"budget": config.budget.model_copy(update={"limit_bytes": limit})})
 
 
 def check_file(path: Path, fitted: Fitted, config: Config) -> None:
     loaded = read_artifact(path)
     assert loaded.bytes == fitted.artifact_bytes == path.stat().st_size <= fitted.limit_bytes
-    assert fitted.limit_bytes == config.budget.limit_bytes - code_bytes()
+    assert fitted.limit_bytes == config.budget.limit_bytes
     assert loaded.quantize_config == fitted.config
     for name, value in dequantize(fitted.quantized).items():
         assert torch.equal(loaded.state[name], value), name
