@@ -33,7 +33,13 @@ from golfbook.model.component import Storage, facts_of
 from golfbook.model.gpt import GPT, exported, exported_state
 
 CHOSEN_CODERS = ("xz", "zstd", "brotli", "entropy")
-RULES = ("no floor, xz", "one step, GPTQ", "records: k sigma, GPTQ", "equal slope", "equal slope, trellis 8")
+RATES = {  # names of frontier.RECIPES, and bits of the grid, or of the entropy: about equal quality
+    "no floor, xz": (4.0, 5.0, 6.0),
+    "one step, GPTQ": (3.0, 4.0, 5.0),
+    "records: k sigma, GPTQ": (3.0, 4.0, 5.0),
+    "equal slope": (2.0, 3.0, 4.0),
+    "equal slope, trellis 8": (2.0, 3.0, 4.0),
+}
 
 
 def learnt(
@@ -118,23 +124,15 @@ def coders(quantized: Mapping[str, QuantizedTensor], level: int, names: Iterable
     return pd.DataFrame(rows, columns=["coder", "bytes", "seconds"])
 
 
-def ways(
-    model: GPT,
-    config: Config,
-    data: Dataset,
-    known: Statistics,
-    bits: Sequence[float],
-    targets: int,
-    recipes: Sequence[str] = RULES,
-) -> pd.DataFrame:
-    """Quantise by each recipe at each rate, score the model once and size its tensors under some coders.
+def ways(model: GPT, config: Config, data: Dataset, known: Statistics, targets: int) -> pd.DataFrame:
+    """Quantise by the recipes and rates of :data:`RATES`, score each model once and size its tensors by some coders.
 
     Columns: ``rule``, ``bits``, ``coder``, ``bytes`` (coded tensors, without header), ``tax_bpb``, ``val_bpb`` and
     ``divergence_bpb`` on the first ``targets`` targets.
     """
     yardstick, probe, rows = Yardstick(model, config, data, targets), GPT(exported(model.config)), []
-    for recipe in recipes:
-        for rate in bits:
+    for recipe, rates in RATES.items():
+        for rate in rates:
             chosen = settings(config, recipe, rate).quantize
             stored = quantize_model(model, chosen, known)
             probe.load_state_dict(dequantize(stored))
@@ -151,7 +149,8 @@ def saving(table: pd.DataFrame, coder: str = "entropy") -> str:
     said = []
     for rule in rules[:-1]:
         other = mine[mine["rule"] == rule]
-        qualities = np.geomspace(*np.sort(other["divergence_bpb"].clip(lower=1e-9))[[0, -1]], 9)[1:-1]
+        loss = other["divergence_bpb"].clip(lower=1e-9)
+        qualities = np.geomspace(float(loss.min()), float(loss.max()), 9)[1:-1]
         shares = [bytes_at(best, q) / bytes_at(other, q) for q in qualities]
         if np.isfinite(shares).any():
             said.append(f"{np.nanmean(shares) - 1:+.0%} against *{rule.removesuffix(', xz')}*")

@@ -64,21 +64,30 @@ def bits_choice(table: pd.DataFrame, *, bits: int = 6) -> Panel:
 def ways_to_store(table: pd.DataFrame) -> Panel:
     """Show loss against bytes for rule, bits and coder, from the table of :func:`golfbook.analysis.rates.ways`.
 
-    To guess beforehand: the thousand bytes that the chosen way takes.
+    A rule that was not measured at the chosen bits is shown at its nearest ones. To guess beforehand: the thousand
+    bytes that the chosen way takes.
     """
-    rules, bits, coders = (list(dict.fromkeys(table[column])) for column in ("rule", "bits", "coder"))
+    rules, coders = (list(dict.fromkeys(table[column])) for column in ("rule", "coder"))
+    rates = sorted(set(table["bits"]))
     controls: dict[str, Control] = {
         "rule": Choice("steps", rules[-1], {rule.removesuffix(", xz"): rule for rule in rules}),
-        "bits": Choice("bits", bits[0], {f"{rate:g}": rate for rate in bits}),
-        "coder": Choice("coder", "entropy", {name: name for name in coders}),
+        "bits": Choice("bits", rates[len(rates) // 2], {f"{rate:g}": rate for rate in rates}),
+        "coder": Choice("coder", coders[-1], {name: name for name in coders}),
     }
 
+    def nearest(rule: str, bits: float) -> float:
+        measured = table.loc[table["rule"] == rule, "bits"]
+        return float(measured.iloc[int((measured - bits).abs().to_numpy().argmin())])
+
+    def draw(rule: str, bits: float, coder: str) -> Picture:
+        return quantization_plots.ways(table, rule, nearest(rule, bits), coder)
+
     def kilobytes(rule: str, bits: float, coder: str) -> float:
-        row = table[(table["rule"] == rule) & (table["bits"] == bits) & (table["coder"] == coder)]
+        row = table[(table["rule"] == rule) & (table["bits"] == nearest(rule, bits)) & (table["coder"] == coder)]
         return float(row["bytes"].iloc[0]) / 1000
 
-    panel = Panel(functools.partial(quantization_plots.ways, table), controls)
-    return guessing(panel, Slider("my guess: kB", 0, 0, round(table["bytes"].max() / 1000)), kilobytes)
+    question = Slider("my guess: kB", 0, 0, math.ceil(table["bytes"].max() / 1000))
+    return guessing(Panel(draw, controls), question, kilobytes)
 
 
 def budget_meter(model: GPT, config: Config, data: Dataset, known: Statistics) -> Panel:
