@@ -151,7 +151,7 @@ def saving(table: pd.DataFrame, coder: str = "entropy") -> str:
         other = mine[mine["rule"] == rule]
         loss = other["divergence_bpb"].clip(lower=1e-9)
         qualities = np.geomspace(float(loss.min()), float(loss.max()), 9)[1:-1]
-        shares = [bytes_at(best, q) / bytes_at(other, q) for q in qualities]
+        shares = [bytes_at(best, q, size="bytes") / bytes_at(other, q, size="bytes") for q in qualities]
         if np.isfinite(shares).any():
             said.append(f"{np.nanmean(shares) - 1:+.0%} against *{rule.removesuffix(', xz')}*")
     if not said:

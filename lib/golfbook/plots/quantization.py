@@ -112,6 +112,7 @@ def trellis(weights: ArrayLike, history: Survivors, states: int) -> Picture:
         bottom.plot([], [], color=colour, linewidth=1.0, label=words)
     bottom.set(xticks=at, ylabel="half steps", xlabel="weight")
     bottom.set_xticklabels([str(j + 1) for j in range(len(w))])
+    bottom.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     bottom.grid(visible=False)
     bottom.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=9)
     figure.suptitle(
