@@ -20,10 +20,19 @@ def row(values: np.ndarray, bits: int, *, half: bool = True, levels: int = -1, z
     return np.clip(np.round(values / scale), -qmax, qmax), scale
 
 
+def megabyte(
+    weights: int, budget: int, before: float, tax: float, bits: float, power: float = 4
+) -> tuple[float, float]:
+    width = 8 * budget / weights
+    return width, before + tax * power ** (bits - width)
+
+
 RIGHT = {
     "04.1": row,
     "04.2": lambda scales: (scales**2).mean() / 12,
     "04.3": lambda weights, code, limit: 8 * (limit - code) / weights,
+    "04.4": lambda g, factor, s0: s0 / (g.sqrt()[:, None] * factor.diagonal()),
+    "04.5": megabyte,
 }
 WRONG = {
     "float32 scale": ("04.1", lambda w, b: row(w, b, half=False), "finer scale than the file holds"),
@@ -40,6 +49,20 @@ WRONG = {
     "no code": ("04.3", lambda w, c, limit: 8 * limit / w, "code counts too"),
     "memorised": ("04.3", lambda w, c, limit: 4.94, "is not it"),
     "no function": ("04.3", 4.94, "TypeError"),
+    "no root": ("04.4", lambda g, f, s0: s0 / (g[:, None] * f.diagonal()), "four times the gradient halves"),
+    "L for 1/L": ("04.4", lambda g, f, s0: s0 * f.diagonal() / g.sqrt()[:, None], "multiply by L"),
+    "g for 1/g": ("04.4", lambda g, f, s0: s0 * g.sqrt()[:, None] / f.diagonal(), "multiply by the gradient"),
+    "no feedback": ("04.4", lambda g, f, s0: s0 / (g.sqrt()[:, None] * (f.T @ f).diagonal().sqrt()), "cannot repair"),
+    "L squared": ("04.4", lambda g, f, s0: s0 / (g.sqrt()[:, None] * f.diagonal() ** 2), "one power of L"),
+    "no s0": ("04.4", lambda g, f, s0: 1 / (g.sqrt()[:, None] * f.diagonal()), "differ from the library's"),
+    "one step a row": ("04.4", lambda g, f, s0: s0 / g.sqrt(), "has shape (16, 24)"),
+    "bytes for bits": ("04.5", lambda w, b, *rest: (b / w, megabyte(w, b, *rest)[1]), "asked were bits"),
+    "another width": ("04.5", lambda w, b, *rest: (4.0, 1.5), "are not 4 bits each"),
+    "error for loss": ("04.5", lambda *given: megabyte(*given, power=2), "grows with its square"),
+    "upside down": ("04.5", lambda *given: megabyte(*given, power=1 / 4), "does the opposite"),
+    "tax alone": ("04.5", lambda w, b, f, t, n: (8 * b / w, megabyte(w, b, 0, t, n)[1]), "the tax alone"),
+    "tax as measured": ("04.5", lambda w, b, f, t, n: (8 * b / w, f + t), "another width than"),
+    "nothing added": ("04.5", lambda w, b, f, t, n: (8 * b / w, f), "does not lead to"),
 }
 
 

@@ -19,6 +19,7 @@ from golfbook.analysis import context, statistics
 from golfbook.config.schema import TrainConfig
 from golfbook.errors import GolfbookError, RunError
 from golfbook.evaluate.windows import plan_windows
+from golfbook.plots import quantization as quantization_plots
 from golfbook.plots import schedules, style
 from golfbook.plots import seeds as seed_plots
 from golfbook.plots import size as size_plots
@@ -74,7 +75,22 @@ def examples() -> dict[str, style.Picture]:
     prices = pd.DataFrame(
         {"name": ["a.weight"], "group": ["MLP"], "saved_kb": [8.0], "lost": [0.002], "low": [-0.001], "high": [0.005]}
     )
+    errors = pd.DataFrame({"name": ["a.weight", "b"], "plain": [2.0, 1.5], "weighted": [0.5, 0.8]})
+    bits = [("k", "a.weight", 3.0, 40.0), ("k", "b", 3.1, 0.5), ("e", "a.weight", 4.0, 9.0), ("e", "b", 2.0, 8.0)]
+    walks = [{0: (0.2, [(0, 2)]), 2: (0.5, [(0, 0)])}, {0: (0.4, [(0, 2), (0, 4)]), 1: (0.3, [(0, 2), (0, 3)])}]
+    stored = [("r", 3.0, coder, size, 0.01, 2.0, 0.02) for coder, size in (("xz", 9000), ("entropy", 8000))]
+    ways_columns = ["rule", "bits", "coder", "bytes", "tax_bpb", "val_bpb", "divergence_bpb"]
+    spent = {"code": 100, "integers": 500, "side information": 20, "floats": 30, "header": 10}
+    texts = {"source": ["training", "random"], "tax_bpb": [0.001, 0.002], "divergence_bpb": [0.001, 0.003]}
     return {
+        "feedback": quantization_plots.feedback(errors, bits=4),
+        "allocation": quantization_plots.allocation(pd.DataFrame(bits, columns=["recipe", "name", "bits", "slope"])),
+        "trellis": quantization_plots.trellis([1.8, 3.6], walks, 4),
+        "gains": quantization_plots.gains(pd.DataFrame({"states": [4, 8], "gain": [1.0, 1.1]})),
+        "ways": quantization_plots.ways(pd.DataFrame(stored, columns=ways_columns), "r", 3.0, "xz"),
+        "spectrum": quantization_plots.spectrum({"E": [3.0, 2.0, 1.0], "noise": [2.0, 2.0, 1.9]}, rank=1, name="a"),
+        "sources": quantization_plots.sources(pd.DataFrame(texts)),
+        "meter": quantization_plots.meter(spent, 600, bits=2.5, tax=0.003),
         "training_curve": schedules.training_curve(METRICS, steps=40, unigram_bpb=3.5),
         "training_curve of nothing": schedules.training_curve([], steps=40),
         "schedule": schedules.schedule(schedule_config()),
@@ -134,6 +150,16 @@ def test_every_figure_is_labelled_and_draws_without_warning(
             assert any(axes.get_xlabel() for axes in figure.axes) or name in ("seeds", "entropy_bytes"), name
             assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes[-1:]), name
     assert not [w for w in recwarn if "Glyph" in str(w.message) or "layout" in str(w.message)]
+
+
+def test_titles_say_what_the_pictures_of_quantisers_show(pictures: dict[str, style.Picture]) -> None:
+    walk, meter = pictures["trellis"], pictures["meter"].axes[0].get_title(loc="left")
+    assert "error 0.30 along the best walk, 0.20 by rounding" in walk.get_suptitle()
+    (best,) = [line for line in walk.axes[0].lines if line.get_label() == "the best walk"]
+    assert list(best.get_ydata()) == [0, 0, 1]
+    assert "does NOT fit: 60 bytes too many" in meter and "predicted tax 0.0030" in meter
+    assert "9,000 bytes, tax +0.0100, 2.0000 bits per byte" in pictures["ways"].get_suptitle()
+    assert "first 1 hold 64.3%" in legend(pictures["spectrum"].axes[0])[0]
 
 
 def test_figures_leave_pyplot_and_settings_alone() -> None:

@@ -69,6 +69,15 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
     if kind == "bits_and_clip":
         weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0)).pow(3) * 0.01  # long tails
         return size_panels.bits_and_clip(weight, "matrix")
+    if kind == "ways_to_store":
+        stored = [
+            (rule, bits, coder, 1000.0 * bits * size, 0.1, 2.0, 0.1 / bits)
+            for rule, rates in (("no floor, xz", (4.0, 5.0)), ("equal slope", (2.0, 3.0)))
+            for bits in rates
+            for coder, size in (("xz", 2), ("entropy", 1))
+        ]
+        columns = ["rule", "bits", "coder", "bytes", "tax_bpb", "val_bpb", "divergence_bpb"]
+        return size_panels.ways_to_store(pd.DataFrame(stored, columns=columns))
     if kind == "seeds_needed":
         return seed_panels.seeds_needed(0.0312, 0.0063)
     if kind == "coverage":
@@ -112,6 +121,10 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         ("bits_and_clip", "clip", 0.99),
         ("bits_and_clip", "scale_floor", True),
         ("bits_and_clip", "guess", 3.5),
+        ("ways_to_store", "rule", "no floor, xz"),
+        ("ways_to_store", "bits", 2.0),
+        ("ways_to_store", "coder", "xz"),
+        ("ways_to_store", "guess", 4),
         ("coverage", "rule", "mean ± t standard errors"),
         ("coverage", "shown", 10),
         ("coverage", "seed", 2),
@@ -184,6 +197,8 @@ def test_the_truth_beside_a_guess_follows_the_state(tokenizer: Tokenizer) -> Non
     assert said("schedule", 90, clock=True, fits=10) == round(100 * 0.997**10)
     quintic, polar = (said("newton_schulz", 50, coefficients=name, step=2) for name in ("quintic", "polar_express"))
     assert quintic < polar == 100
+    assert said("ways_to_store", 9, bits=5.0) == said("ways_to_store", 9, bits=3.0) == 3  # the nearest measured rate
+    assert said("ways_to_store", 9, bits=2.0, coder="xz", rule="no floor, xz") == 8
     few, all_runs = (said("trajectories", 0.05, gepa=gepa, metric="val_loss") for gepa in (False, True))
     assert 0.08 < few < all_runs < 0.12  # the longer runs win more
 

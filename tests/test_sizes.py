@@ -12,16 +12,20 @@ import pytest
 import torch
 
 from conftest import invent_choices
-from golfbook.analysis import context, sizes, statistics
+from golfbook.analysis import context, rates, sizes, statistics
+from golfbook.compress.budget import code_bytes
 from golfbook.compress.coders import XZ
 from golfbook.compress.container import read_artifact
+from golfbook.compress.estimates import cross_entropy_bits
 from golfbook.compress.export import export, quantize_model
-from golfbook.compress.quantizer import dequantize
+from golfbook.compress.quantizer import Statistics, dequantize
 from golfbook.config.load import load_config
 from golfbook.config.schema import Config
+from golfbook.config.tables import CODERS
 from golfbook.data import dataset
 from golfbook.evaluate import scoring
-from golfbook.model.gpt import GPT, initialise
+from golfbook.model.gpt import GPT, exported_state, initialise
+from golfbook.panels import size as size_panels
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon"]
 SMALL = {
@@ -150,3 +154,83 @@ def test_stride_ladder_is_paired_and_counts_work() -> None:
 
 def test_window_means_of_a_text_shorter_than_a_window() -> None:
     assert context.window_means(np.array([1.0, 3.0]), 8).tolist() == [2.0]
+
+
+@pytest.fixture(scope="module")
+def known(prepared: tuple[GPT, Config, dataset.Dataset]) -> Statistics:
+    return rates.learnt(*prepared, sequences=8)
+
+
+def test_feedback_makes_outputs_better_and_weights_worse(
+    prepared: tuple[GPT, Config, dataset.Dataset], known: Statistics
+) -> None:
+    state = exported_state(prepared[0])
+    table = rates.feedback_effect(state, known, 3).set_index("name")
+    assert set(table.index) == {name for name in known if "count" not in known[name]}
+    assert table["weighted"].median() < 0.9 < 1.1 < table["plain"].median()
+
+
+def test_equal_slope_makes_a_bit_worth_the_same_everywhere(
+    prepared: tuple[GPT, Config, dataset.Dataset], known: Statistics
+) -> None:
+    recipes = ["records: k sigma, GPTQ", "equal slope"]
+    table = rates.allocation(prepared[0], prepared[1], known, recipes, 4.0)
+    before, after = (np.log(table.loc[table["recipe"] == recipe, "slope"]) for recipe in recipes)
+    assert len(before) == len(after) == 10
+    # but for tensors at the coarsest step, which the loss would let go further
+    assert after.quantile(0.9) - after.quantile(0.2) < (before.quantile(0.9) - before.quantile(0.2)) / 2
+
+
+def test_a_trellis_gains_about_a_decibel() -> None:
+    gain = rates.trellis_gain([4, 8]).set_index("states")["gain"]
+    assert gain[4] == pytest.approx(1.0, abs=0.06) and gain[8] == pytest.approx(1.09, abs=0.06)
+
+
+def test_coders_are_compared_on_the_same_tensors(prepared: tuple[GPT, Config, dataset.Dataset]) -> None:
+    packed = quantize_model(prepared[0], prepared[1].quantize)
+    table = rates.coders(packed, 6).set_index("coder")
+    assert set(table.index) == set(CODERS) and (table["seconds"] > 0).all()
+    assert table.loc["xz", "bytes"] == len(XZ.encode(list(packed.values()), 6))
+    assert table.loc["entropy", "bytes"] == pytest.approx(cross_entropy_bits(list(packed.values())) / 8, abs=64)
+
+
+def test_ways_are_measured_and_their_saving_is_told(
+    prepared: tuple[GPT, Config, dataset.Dataset], known: Statistics
+) -> None:
+    model, config, data = prepared
+    table = rates.ways(model, config, data, known, 256)
+    assert len(table) == sum(len(bits) for bits in rates.RATES.values()) * len(rates.CHOSEN_CODERS)
+    for _, rows in table.groupby(["rule", "coder"]):
+        assert rows.sort_values("bits")["bytes"].is_monotonic_increasing
+        assert rows["divergence_bpb"].iloc[0] > rows["divergence_bpb"].iloc[-1] > 0
+    losses = [0.1, 0.01, 0.001]
+    rows = [
+        (rule, "entropy", size * k, loss) for rule, size in (("a", 2), ("b", 1)) for k, loss in enumerate(losses, 1)
+    ]
+    made = pd.DataFrame(rows, columns=["rule", "coder", "bytes", "divergence_bpb"])
+    assert rates.saving(made) == "Bytes that *b* needs at equal divergence, one seed: -50% against *a*."
+    made.loc[made["rule"] == "b", "divergence_bpb"] /= 1e6
+    assert "not measured at a common quality" in rates.saving(made)
+
+
+def test_calibration_texts_are_drawn_from_their_seeds(prepared: tuple[GPT, Config, dataset.Dataset]) -> None:
+    table = rates.sources(*prepared, 4.0, 256, sequences=2)
+    assert list(table["source"]) == ["training"] * 2 + ["generated"] * 2 + ["random"] * 2
+    assert table["divergence_bpb"].nunique() == 6 and (table["divergence_bpb"] > 0).all()
+
+
+def test_a_plan_spends_its_cap_and_says_on_what(
+    prepared: tuple[GPT, Config, dataset.Dataset], known: Statistics
+) -> None:
+    model, config, data = prepared
+    cap = code_bytes() + 20_000
+    plan = rates.plan(model, config, data, known, cap)
+    spent = rates.parts(plan)
+    assert cap - 400 < code_bytes() + plan.bytes <= cap
+    assert sum(spent.values()) == pytest.approx(code_bytes() + plan.bytes, abs=8)
+    assert spent["integers"] > 15_000 and min(spent.values()) > 0
+    panel = size_panels.budget_meter(model, config, data, known)
+    least = int(panel.controls["cap"].low)  # type: ignore[union-attr]
+    said = panel.figure(cap=least + 8, guess=3.0)
+    assert f"Cap {1000 * (least + 8):,} bytes: fits" in said.axes[0].get_title(loc="left")
+    assert said.get_supxlabel().startswith("your guess: 3; it is ")

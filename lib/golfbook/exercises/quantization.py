@@ -1,4 +1,4 @@
-"""Exercises of notebook 04: quantise a row, predict its error, and count the bits that fit."""
+"""Exercises of notebook 04: quantise a row, predict its error, count the bits that fit, and place them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from golfbook.compress.gptq import reverse_factor
+from golfbook.compress.rate_distortion import relief
 from golfbook.compress.rowwise import clip_quantize, quantize_matrix
+from golfbook.config.schema import RateConfig
 from golfbook.exercises.check import Misconception, compare
 from golfbook.files import project_root
 
@@ -84,6 +87,66 @@ def bits_that_fit(answer: Callable[[int, int, int], float]) -> str:
     )
 
 
+def equal_slope(answer: Callable[[torch.Tensor, torch.Tensor, float], Any]) -> str:
+    """Judge ``answer(g, L, s0) -> steps`` (rows, columns) by :func:`golfbook.compress.rate_distortion.relief`."""
+    rate = RateConfig(damping=1e-9)
+    inputs = torch.randn(400, 24) * torch.rand(24).add(0.2) + torch.randn(400, 1)  # columns that are alike
+    g, gram, s0 = torch.rand(16).square() + 0.01, inputs.T @ inputs / 400, float(torch.rand(())) + 0.5
+    known = {"gradient": g, "gram": gram}
+    fine, factor = relief("exercise", torch.randn(16, 24), "matrix", known, rate), reverse_factor(gram, rate.damping)
+    assert fine.rows is not None and fine.columns is not None
+    right = s0 * fine.overall * fine.rows[:, None] * fine.columns  # (rows, columns)
+    found = np.asarray(answer(g.clone(), factor.clone(), s0), float)
+    if found.shape != (16, 24):
+        raise Misconception(f"a step for each weight has shape (16, 24), yours has {found.shape}")
+    diagonal, root = factor.diagonal(), g.sqrt()[:, None]
+    mistakes = {
+        "an error costs g times its *square*: four times the gradient halves the step, not a quarter": s0
+        / (g[:, None] * diagonal),
+        "you multiply by L: a column whose error does more harm would get a coarser step": s0 * diagonal / root,
+        "you multiply by the gradient: a row that the loss cares about more would get coarser steps": s0
+        * root
+        / diagonal,
+        "you divide by the columns' whole share of H; with feedback only what later columns cannot repair counts": s0
+        / (root * gram.diagonal().sqrt()),
+        "L is squared in the cost of a step, and so is the step: one power of L is left": s0 / (root * diagonal**2),
+    }
+    otherwise = f"the steps differ from the library's by up to {np.abs(found / right.numpy()).max():.3g} times"
+    compare(found, right, otherwise, {reason: value.numpy() for reason, value in mistakes.items()}, rtol=1e-4)
+    return "the steps are those of the library before it rounds their logs: every weight costs the loss the same"
+
+
+def one_megabyte(answer: Callable[[int, int, float, float, float], tuple[Any, Any]]) -> str:
+    """Judge ``answer(weights, budget_bytes, float_bpb, tax, bits) -> (bits a weight, expected BPB)``."""
+    rng = np.random.default_rng()
+    for budget in (1_000_000, int(rng.integers(500_000, 2_000_000))):
+        weights, bits = int(rng.integers(1_500_000, 3_000_000)), float(rng.uniform(3, 6))
+        before, tax = float(rng.uniform(1.2, 2)), float(rng.uniform(0.001, 0.01))
+        width, score = (float(x) for x in answer(weights, budget, before, tax, bits))
+        allowed = 8 * budget / weights
+        otherwise = f"{budget:,} bytes for {weights:,} weights are not {width:.4g} bits each"
+        compare(width, allowed, otherwise, {"those are bytes a weight, asked were bits": allowed / 8})
+        added = {power: tax * power ** (bits - allowed) for power in (4, 2, 1 / 4)}
+        mistakes = {
+            "half the step is half the error, and the loss grows with its square": before + added[2],
+            "the tax grows with fewer bits and falls with more; yours does the opposite": before + added[1 / 4],
+            "that is the tax alone; the model scores the float model's bits and the tax": added[4],
+            "the budget gives another width than the one that was measured, so the tax changes": before + tax,
+        }
+        otherwise = (
+            f"from {bits:.2f} to {allowed:.2f} bits a tax of {tax:.4f} does not lead to {score:.5f} bits per byte"
+        )
+        compare(
+            score - before, added[4], otherwise, {why: value - before for why, value in mistakes.items()}, rtol=1e-3
+        )
+    weight = torch.from_numpy(rng.normal(0, 0.05, (64, 512)).astype(np.float32))
+    ratio = _error(weight, 6, 1.0)[1] / _error(weight, 5, 1.0)[1]
+    return (
+        f"{allowed:.2f} bits a weight are {budget:,} bytes, and a bit more leaves a quarter of the error: {ratio:.3f}, "
+        "measured on normal weights at 5 and 6 bits"
+    )
+
+
 def _telling_row(rng: np.random.Generator, qmax: int, bits: int) -> tuple[Row, NDArray[np.int64], float]:
     """Draw a row on which a float32 scale gives other integers than a float16 one, with the library's answer."""
     while True:
@@ -113,4 +176,6 @@ def _error(weight: torch.Tensor, bits: int, clip: float) -> tuple[NDArray[np.flo
     return scale.double().numpy(), float(error.double().square().mean())
 
 
-EXERCISES: dict[str, Callable[[Any], str]] = {"04.1": quantize_row, "04.2": error_law, "04.3": bits_that_fit}
+EXERCISES: dict[str, Callable[[Any], str]] = {
+    **{"04.1": quantize_row, "04.2": error_law, "04.3": bits_that_fit, "04.4": equal_slope, "04.5": one_megabyte}
+}
