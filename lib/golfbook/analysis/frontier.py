@@ -38,7 +38,7 @@ from golfbook.errors import ConfigError, GolfbookError, nearest
 from golfbook.files import project_root
 from golfbook.model.gpt import GPT
 
-REFERENCE = "runs/reference/size_quality"
+FOLDER = "runs/reference/size_quality"
 COLUMNS = ("steps", "seed", "recipe", "bits", "artifact_bytes", "memoryless_bytes", "val_bpb", "tax_bpb",
            "divergence_bpb", "float_bpb", "quantize_seconds")  # fmt: skip
 PUBLISHED: dict[str, Any] = {"quantizer": "percentiles"}
@@ -228,7 +228,7 @@ def read_table(path: str | Path = "") -> pd.DataFrame:
     ``path`` is a CSV or parquet file; empty: the committed one. Raises :class:`golfbook.errors.GolfbookError` where it
     is not there or lacks a column.
     """
-    found = Path(path) if path else project_root() / REFERENCE / "results.csv"
+    found = Path(path) if path else project_root() / FOLDER / "results.csv"
     if not found.is_file():
         raise GolfbookError(f"there is no table {found}: make it with tests/benchmarks/bench_sizes.py --out {found}")
     table = pd.read_parquet(found) if found.suffix == ".parquet" else pd.read_csv(found)
@@ -246,7 +246,8 @@ def bytes_at(
     (``bits``). NaN where the tax lies outside what was measured.
     """
     rows = frame[frame[column] > 0].sort_values(size)
-    logs = np.log(np.minimum.accumulate(rows[column].to_numpy(float)))  # falling: more bytes are never worse
+    rows = rows[rows[column].cummin().diff().fillna(-1) < 0]  # what more bytes made no better is noise
+    logs = np.log(rows[column].to_numpy(float))
     if len(logs) < 2 or not quality > 0 or not logs[-1] <= math.log(quality) <= logs[0]:
         return math.nan
     return float(np.interp(-math.log(quality), -logs, rows[size].to_numpy(float)))
