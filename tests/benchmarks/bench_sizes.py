@@ -6,7 +6,7 @@
 Every trained run below the folder is stored in every way at every rate; each artifact is read back and scored. Printed
 are bytes at the quality of the published quantiser and of the records' recipe, as ratios seed by seed. With --out the
 table is written, and rows that are there already are not measured again. With --pieces the bytes of the first run's
-artifacts are written part by part, all at the quality of PR 1166 at 6 bits.
+artifacts are written part by part, at their rates and at the divergence of PR 1166 at 6 bits.
 """
 
 from __future__ import annotations
@@ -80,15 +80,20 @@ def measured(path: Path, every: bool, known: pd.DataFrame, targets: int) -> pd.D
 
 
 def pieces(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Return the parts of one run's artifacts by the main recipes, all at the divergence of PR 1166 at 6 bits."""
+    """Return the parts of one run's artifacts by the main recipes: at their rates, and at PR 1166's divergence."""
     config, data, model = opened(path)
     statistics, rows = statistics_of(config, data, model), []
     mine = table[(table["steps"] == config.train.steps) & (table["seed"] == config.seed)]
+    goal = mine[(mine["recipe"] == frontier.ANCHOR[0]) & (mine["bits"] == frontier.ANCHOR[1])]["divergence_bpb"]
     for recipe in frontier.MAIN:
-        bits = float(frontier.needed(mine, recipe, frontier.ANCHOR, size="bits").iloc[0])
-        artifact = frontier.stored(model, config, data, statistics, recipe, bits)
-        named = {"steps": config.train.steps, "seed": config.seed, "recipe": recipe, "bits": round(bits, 4)}
-        rows.append({**named, **frontier.parts(artifact)})
+        own = mine[mine["recipe"] == recipe]
+        equal = frontier.needed(mine, recipe, frontier.ANCHOR, size="bits").iloc[0]
+        asked = [*zip(own["bits"], own["divergence_bpb"], [False] * len(own), strict=True), (equal, goal.iloc[0], True)]
+        for bits, divergence, at_anchor in asked:
+            artifact = frontier.stored(model, config, data, statistics, recipe, float(bits))
+            named = {"steps": config.train.steps, "seed": config.seed, "recipe": recipe, "bits": round(bits, 4)}
+            found = {"at_anchor": at_anchor, "divergence_bpb": divergence, **frontier.parts(artifact)}
+            rows.append(named | found)
     return pd.DataFrame(rows)
 
 
@@ -125,7 +130,7 @@ def main() -> None:
     compare(table)
     if given.pieces:
         first = next(path for path in paths if given.parts in path.name)
-        pieces(first, table).to_csv(given.pieces, index=False)
+        pieces(first, table).to_csv(given.pieces, index=False, float_format="%.7g")
 
 
 if __name__ == "__main__":
