@@ -50,8 +50,10 @@ def _points(rng: np.random.Generator, count: int) -> tuple[Floats, Floats]:
     front = np.sort(rng.choice(np.arange(10.0, 60.0), count, replace=False))
     taxes = np.sort(rng.choice(np.arange(1.0, 60.0), count, replace=False))[::-1]
     behind = rng.integers(0, count, size=3)
-    sizes = np.concatenate([front, front[[0]], front[[1]] + 7, front[[-1]], front[behind] + 1.5, front[[2]] + 60])
-    more = np.concatenate([taxes, taxes[[0]] + 2, taxes[[1]], taxes[[-1]], taxes[behind] + 1.5, taxes[[2]] + 2])
+    sizes = np.concatenate(
+        [front, front[[0]], front[[1]] + 7, front[[-1]], front[behind] + 1.5, front[[2, 2]] + (60, 61)]
+    )
+    more = np.concatenate([taxes, taxes[[0]] + 2, taxes[[1]], taxes[[-1]], taxes[behind] + 1.5, taxes[[2, 2]] + (2, 1)])
     order = rng.permutation(len(sizes))
     return sizes[order], more[order]
 

@@ -58,8 +58,8 @@ def _points(axes: Axes, rows: pd.DataFrame, face: str, marker: str, edge: str, l
 def steps(table: pd.DataFrame, *, title: str = "") -> Picture:
     """Draw what each change does to the bytes at equal quality, in percent, a bar each with interval and n.
 
-    ``table`` is that of :func:`golfbook.analysis.frontier.steps_apart`; changes that did not stay are grey, the last
-    row is the whole way.
+    ``table`` is that of :func:`golfbook.analysis.frontier.steps_apart`; those beside the way are grey, the last row is
+    the whole way.
     """
     figure, (axes,) = new(width=9.0, height=1.3 + 0.36 * len(table))
     y = np.arange(len(table)) + 0.4 * (np.arange(len(table)) == len(table) - 1)
@@ -77,9 +77,9 @@ def steps(table: pd.DataFrame, *, title: str = "") -> Picture:
     low, high = float((change - half.fillna(0)).min()), float(ends.max())
     axes.set(ylim=(y[-1] + 0.6, -0.6), xlim=(low * 1.05, high + 0.3 * (high - low)))
     axes.set_xlabel("change of the artifact's bytes at equal divergence (%)")
-    for colour, label in ((BLUE, "on the way"), (LIGHT, "beside it: did not stay"), (GREEN, "the whole way")):
+    for colour, label in ((BLUE, "on the way"), (LIGHT, "beside the way"), (GREEN, "the whole way")):
         axes.barh([0], [0], color=colour, edgecolor=GREY if colour == LIGHT else colour, label=label)
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside lower right", ncols=3)
     axes.grid(axis="y", visible=False)
     axes.set_title(title)
     return figure
