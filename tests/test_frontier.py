@@ -217,5 +217,5 @@ def test_tables_are_read_from_csv_or_parquet_and_checked(tmp_path: Path) -> None
     made.drop(columns="bits").to_csv(tmp_path / "other.csv", index=False)
     with pytest.raises(GolfbookError, match="it lacks bits"):
         frontier.read_table(tmp_path / "other.csv")
-    with pytest.raises(GolfbookError, match="make it with"):
+    with pytest.raises(GolfbookError, match="makes it"):
         frontier.read_table(tmp_path / "none.csv")

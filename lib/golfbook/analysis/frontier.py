@@ -71,7 +71,12 @@ REFERENCES = (  # what ours is compared with: recipe, bits, and the column of it
     (RECORDS, 4.0, "artifact_bytes"),
     (RECORDS, 4.0, "memoryless_bytes"),
 )
-MAIN = (FLOOR, NO_FLOOR, RECORDS, OURS)
+MAIN = {  # recipes that are measured at every training length, and what pictures call them
+    FLOOR: "published (PR 1166), xz",
+    NO_FLOOR: "published without its scale floor, xz",
+    RECORDS: "the records' recipe: k sigma, GPTQ",
+    OURS: "ours: equal slope, trellis, all matrices",
+}
 # From the published recipe to ours, one change after the other: what changes, from which recipe, to which.
 STEPS = (
     ("entropy coder for xz", FLOOR, "PR 1166, entropy coder"),
@@ -222,19 +227,28 @@ def parts(artifact: Artifact) -> dict[str, int]:
     return found | {"header": artifact.bytes - everything, "code": code_bytes()}
 
 
-def read_table(path: str | Path = "") -> pd.DataFrame:
-    """Return a table of artifacts, a row each, as :func:`measure` and ``bench_sizes.py`` write it.
+def read_table(path: str | Path = "", name: str = "results.csv", columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
+    """Return a table that ``tests/benchmarks/bench_sizes.py`` wrote: of artifacts, a row each, as :func:`measure`.
 
-    ``path`` is a CSV or parquet file; empty: the committed one. Raises :class:`golfbook.errors.GolfbookError` where it
-    is not there or lacks a column.
+    ``path`` is a CSV or parquet file; empty: the committed one of this ``name``. Raises
+    :class:`golfbook.errors.GolfbookError` where it is not there or lacks one of ``columns``.
     """
-    found = Path(path) if path else project_root() / FOLDER / "results.csv"
+    found = Path(path) if path else project_root() / FOLDER / name
     if not found.is_file():
-        raise GolfbookError(f"there is no table {found}: make it with tests/benchmarks/bench_sizes.py --out {found}")
+        raise GolfbookError(f"there is no table {found}: tests/benchmarks/bench_sizes.py makes it")
     table = pd.read_parquet(found) if found.suffix == ".parquet" else pd.read_csv(found)
-    if missing := [name for name in COLUMNS if name not in table]:
+    if missing := [name for name in columns if name not in table]:
         raise GolfbookError(f"{found} is no table of sizes: it lacks {', '.join(missing)}")
     return table
+
+
+def read_parts(path: str | Path = "") -> pd.DataFrame:
+    """Return what artifacts of one model are made of, a row each; raises what :func:`read_table` raises.
+
+    Columns: steps, seed, recipe, bits, at_anchor (stored at the divergence of :data:`ANCHOR`, not at a rate of the other
+    table), divergence_bpb, and bytes by :data:`PARTS`.
+    """
+    return read_table(path, "parts.csv", ("recipe", "bits", "at_anchor", "divergence_bpb", *PARTS))
 
 
 def bytes_at(
@@ -295,8 +309,8 @@ def by_length(table: pd.DataFrame, anchors: Sequence[tuple[str, float, str]], re
     return pd.DataFrame(rows)
 
 
-def front(table: pd.DataFrame, quality: str = "divergence_bpb") -> pd.DataFrame:
-    """Return means over seeds with their intervals, a row a recipe and rate, and which are dominated.
+def front(table: pd.DataFrame, size: str = "artifact_bytes", quality: str = "divergence_bpb") -> pd.DataFrame:
+    """Return means over seeds of ``size`` and ``quality``, a row a recipe and rate, and which are dominated.
 
     Columns: recipe, bits, n, kilobytes, kb_low, kb_high, and of ``quality``: mean, low, high (its geometric mean, with
     the interval of the mean of logs, where all values are positive); ``dominated``: another has no more bytes and
@@ -304,11 +318,11 @@ def front(table: pd.DataFrame, quality: str = "divergence_bpb") -> pd.DataFrame:
     """
     rows = []
     for (recipe, bits), group in table.groupby(["recipe", "bits"], sort=False):
-        size = describe(group["artifact_bytes"] / 1000)
+        kilobytes = describe(group[size] / 1000)
         found = describe(np.log(group[quality])) if (group[quality] > 0).all() else None
         mean, low, high = np.exp([found.mean, found.low, found.high]) if found else [math.nan] * 3
-        sizes = {"kilobytes": size.mean, "kb_low": size.low, "kb_high": size.high}
-        rows.append({"recipe": recipe, "bits": bits, "n": size.n, **sizes, "mean": mean, "low": low, "high": high})
+        sizes = {"kilobytes": kilobytes.mean, "kb_low": kilobytes.low, "kb_high": kilobytes.high}
+        rows.append({"recipe": recipe, "bits": bits, "n": kilobytes.n, **sizes, "mean": mean, "low": low, "high": high})
     found_table = pd.DataFrame(rows).dropna(subset="mean")
     return found_table.assign(dominated=~pareto(found_table["kilobytes"], found_table["mean"]))
 
