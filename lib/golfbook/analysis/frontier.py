@@ -245,7 +245,7 @@ def read_table(path: str | Path = "", name: str = "results.csv", columns: Sequen
 def read_parts(path: str | Path = "") -> pd.DataFrame:
     """Return what artifacts of one model are made of, a row each; raises what :func:`read_table` raises.
 
-    Columns: steps, seed, recipe, bits, at_anchor (stored at the divergence of :data:`ANCHOR`, not at a rate of the other
+    Columns: steps, seed, recipe, bits, at_anchor (at the divergence of :data:`ANCHOR`, not at a rate of the other
     table), divergence_bpb, and bytes by :data:`PARTS`.
     """
     return read_table(path, "parts.csv", ("recipe", "bits", "at_anchor", "divergence_bpb", *PARTS))
