@@ -180,6 +180,16 @@ def test_ratios_are_of_bytes_at_equal_divergence_seed_by_seed() -> None:
     assert (whole.change, whole.n, whole.mean) == ("all together", 3, pytest.approx(0.82))
 
 
+def test_trend_says_whether_the_gain_shrinks() -> None:
+    made, longer = invented(), invented().assign(steps=4800)
+    assert "other lengths were not measured" in frontier.trend(made, frontier.REFERENCES[0])
+    ours = longer["recipe"] == frontier.OURS
+    for share, word in ((1.1, "shrinks"), (0.9, "grows"), (1.0, "does not clearly change")):
+        changed = longer.assign(artifact_bytes=longer["artifact_bytes"].where(~ours, longer["artifact_bytes"] * share))
+        found = frontier.trend(pd.concat([made, changed]), frontier.REFERENCES[0])
+        assert f"the gain {word} with training" in found and f"0.820 at 1,600 steps, {0.82 * share:.3f} at" in found
+
+
 def test_the_slope_of_4_to_the_minus_bits_is_two_octaves() -> None:
     found = frontier.slopes(invented(), weights=8000).set_index("recipe")
     assert found["mean"].to_list() == pytest.approx([2.0, 2 / 0.82], rel=1e-3) and [*found["n"]] == [3, 3]

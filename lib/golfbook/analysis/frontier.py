@@ -309,6 +309,25 @@ def by_length(table: pd.DataFrame, anchors: Sequence[tuple[str, float, str]], re
     return pd.DataFrame(rows)
 
 
+def trend(table: pd.DataFrame, reference: tuple[str, float, str], recipe: str = OURS) -> str:
+    """Return in words whether a recipe's ratio of bytes grows with training, from the shortest to the longest, by seed.
+
+    A smaller gain is a larger ratio. ``reference`` is one of those of :func:`by_length`.
+    """
+    found = by_length(table, [reference], recipe)
+    found = found[found["n"] > 0]
+    listed = ", ".join(f"{row.mean:.3f} at {row.steps:,} steps" for row in found.itertuples())
+    if len(found) < 2:
+        return f"{listed or 'nothing measured'}; other lengths were not measured"
+    short, long = (table[table["steps"] == found["steps"].iloc[place]] for place in (0, -1))
+    name, bits, size = reference
+    first, last = (needed(t, recipe, (name, bits)) / needed(t, name, (name, bits), size) for t in (short, long))
+    d = describe(last - first)
+    word = "shrinks" if d.low > 0 else "grows" if d.high < 0 else "does not clearly change"
+    interval = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}], n = {d.n}"
+    return f"the gain {word} with training: bytes over theirs {listed}; longest minus shortest {interval}"
+
+
 def front(table: pd.DataFrame, size: str = "artifact_bytes", quality: str = "divergence_bpb") -> pd.DataFrame:
     """Return means over seeds of ``size`` and ``quality``, a row a recipe and rate, and which are dominated.
 

@@ -21,8 +21,7 @@ def budget(table: pd.DataFrame, names: Mapping[str, str], kinds: tuple[str, ...]
     low, high = int(total.min() // 10 * 10), int(total.max() // 10 * 10 + 10)
 
     def best(budget: float) -> float:
-        fitting = table[total <= budget]
-        return float(fitting.loc[fitting["divergence_bpb"].idxmin(), "bits"]) if len(fitting) else 0.0
+        return float(table[total <= budget].nsmallest(1, "divergence_bpb")["bits"].sum())  # 0 where nothing fits
 
     panel = Panel(
         lambda budget: frontier_plots.within(table, names, kinds, budget),
