@@ -155,7 +155,7 @@ def test_parts_add_up_to_the_artifact_and_its_code(tiny: Tiny, recipe: str) -> N
     found = frontier.parts(artifact)
     assert tuple(found) == frontier.PARTS and found["code"] == code_bytes()
     assert sum(found.values()) == artifact.bytes + code_bytes()
-    assert all(found[name] > 0 for name in ("attention", "MLP", "embedding tables", "steps", "float16 tensors"))
+    assert all(found[name] > 0 for name in ("attention", "MLP", "embedding tables", "step sizes", "float16 tensors"))
 
 
 def invented() -> pd.DataFrame:

@@ -95,7 +95,7 @@ SIDEWAYS = (  # changes that did not stay, or that the others contain
     ("rows fed too", "equal slope, trellis 8", "equal slope, trellis 8, rows fed too"),
     ("rate term", "equal slope, trellis 8", "equal slope, trellis 8, rate term"),
 )
-PARTS = ("attention", "MLP", "embedding tables", "steps", "float16 tensors", "header", "code")
+PARTS = ("attention", "MLP", "embedding tables", "step sizes", "float16 tensors", "header", "code")
 
 
 def settings(config: Config, recipe: str, bits: float) -> Config:
@@ -223,7 +223,7 @@ def parts(artifact: Artifact) -> dict[str, int]:
         found[group], before = size - before, size
     with_steps = len(coder.encode(integers, level)) if integers else 0
     everything = len(coder.encode(list(artifact.quantized.values()), level))
-    found |= {"steps": with_steps - before, "float16 tensors": everything - with_steps}
+    found |= {"step sizes": with_steps - before, "float16 tensors": everything - with_steps}
     return found | {"header": artifact.bytes - everything, "code": code_bytes()}
 
 
