@@ -59,7 +59,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "equal slope, trellis 8": RATE | {"rate.rule": "all", "rate.states": 8},
     "equal slope, trellis 8, small matrices too": RATE
     | {"rate.rule": "all", "rate.states": 8, "passthrough_numel": 256},
-    "equal slope, trellis 8, rows fed too": RATE | {"rate.rule": "all", "rate.states": 8, "rate.feedback": "both"},
     "equal slope, trellis 8, rate term": RATE | {"rate.rule": "all", "rate.states": 8, "rate.rate_weight": 1.0},
 }
 FLOOR, NO_FLOOR, RECORDS = "PR 1166, xz", "no floor, xz", "records: k sigma, GPTQ"
@@ -92,7 +91,6 @@ STEPS = (
 )
 SIDEWAYS = (  # changes that did not stay, or that the others contain
     ("steps by column alone", "steps by tensor", "by tensor and column"),
-    ("rows fed too", "equal slope, trellis 8", "equal slope, trellis 8, rows fed too"),
     ("rate term", "equal slope, trellis 8", "equal slope, trellis 8, rate term"),
 )
 PARTS = ("attention", "MLP", "embedding tables", "step sizes", "float16 tensors", "header", "code")
