@@ -185,6 +185,27 @@ def test_second_passes_can_be_left_out() -> None:
     assert torch.equal(both["bigram.embed.weight"]["count"], first["bigram.embed.weight"]["count"])
 
 
+def test_products_of_gradients_have_the_squares_on_their_diagonal() -> None:
+    """Of linear maps but the head; their entries are those of autograd, here of a block that runs twice."""
+    model = noisy(EVERYTHING)
+    found = collect(model, texts(), gradients=True, outputs=True)
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {name for name, kinds in found.items() if "outputs" in kinds} == linear & found.keys()
+    for name in linear & found.keys():
+        square = found[name]["outputs"]
+        assert square.shape == (len(model.get_parameter(name)),) * 2
+        torch.testing.assert_close(square.diagonal(), found[name]["gradient"], rtol=1e-4, atol=1e-9)
+    sums, inputs, name = torch.zeros(32, 32), 0, "blocks.1.mlp.fc.weight"
+    for tokens, targets in texts():
+        calls = Calls(model, tokens)
+        loss = F.cross_entropy(model.capped(calls.hidden @ model.head.detach().T).flatten(0, 1), targets.flatten())
+        for _, out in calls.seen[name]:
+            slope = torch.autograd.grad(loss * targets.numel(), out, retain_graph=True)[0].flatten(0, 1)
+            sums, inputs = sums + slope.T @ slope, inputs + len(slope)
+    assert inputs == 2 * 2 * ROWS * TIME
+    torch.testing.assert_close(found[name]["outputs"], sums / inputs, rtol=1e-4, atol=1e-7)
+
+
 def test_counts_are_shares_of_positions() -> None:
     found = collect(noisy(EVERYTHING), texts(), gradients=False)
     tokens = torch.cat([tokens for tokens, _ in texts()])

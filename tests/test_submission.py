@@ -228,7 +228,7 @@ def test_the_script_is_small_and_text(home: Path, monkeypatch: pytest.MonkeyPatc
     script = packing.script()
     costs = packing.costs(packing.unpack(script))
     print(f"{len(script):,} bytes;", ", ".join(f"{name} {cost}" for name, cost in costs.items()))
-    assert budget.code_bytes() == len(script) < 60_000
+    assert budget.code_bytes() == len(script) < 70_000
     stated = re.search(r"one script of about\s+(\d+) kB", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert stated and abs(1000 * int(stated[1]) - len(script)) < 5000, "README.md states another size"
     compile(script, "train_gpt.py", "exec")

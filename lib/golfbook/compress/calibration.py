@@ -43,8 +43,8 @@ def calibrate(model: GPT, config: Config, dataset: Dataset) -> Statistics | None
         seed=config.seed,
         temperature=settings.temperature,
     )
-    gradients = config.quantize.quantizer == "rate_distortion"
-    return collect(model, text, gradients=gradients, recurrence=settings.recurrence)
+    gradients, outputs = config.quantize.quantizer == "rate_distortion", config.quantize.rate.feedback == "both"
+    return collect(model, text, gradients=gradients, outputs=outputs, recurrence=settings.recurrence)
 
 
 def batches(

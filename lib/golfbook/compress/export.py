@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from golfbook.compress.budget import code_bytes
 from golfbook.compress.container import expected_bytes, write_artifact
 from golfbook.compress.fit import Fitted, fit
 from golfbook.compress.quantizer import QuantizedTensor, Statistics, quantize
@@ -19,12 +18,18 @@ from golfbook.model.gpt import GPT, exported, exported_state
 
 
 def export(
-    path: str | Path, model: GPT, config: Config, tokenizer_sha256: str, statistics: Statistics | None = None
+    path: str | Path,
+    model: GPT,
+    config: Config,
+    tokenizer_sha256: str,
+    statistics: Statistics | None = None,
+    limit: int | None = None,
 ) -> Fitted:
     """Quantise ``model`` by ``config.quantize``, write the artifact ``path``, and return its tensors and what fitted.
 
     What only training uses is left out. The artifact names ``config.train.sequence_length`` as its natural window. It
-    may have what code leaves of ``config.budget``, and ``config.quantize.fit`` says what is done where it has more.
+    may have ``limit`` bytes (None: the whole budget, as if code took nothing), and ``config.quantize.fit`` says what is
+    done where it has more.
     The same arguments give the same bytes. Raises :class:`golfbook.errors.RunError` naming a tensor that cannot be
     stored, and where a quantiser that needs ``statistics`` is given none.
     """
@@ -37,7 +42,7 @@ def export(
     def expect(quantized: Mapping[str, QuantizedTensor], quantize_config: QuantizeConfig) -> int:
         return expected_bytes(shape, quantized, tokenizer_sha256, quantize_config, length)
 
-    limit = config.budget.limit_bytes - code_bytes()
+    limit = config.budget.limit_bytes if limit is None else limit
     if config.quantize.fit == "solve":
         plan = solve(state, storage, config.quantize, statistics or {}, limit, expect)
         return written(plan, write, limit)

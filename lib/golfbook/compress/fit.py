@@ -74,13 +74,15 @@ class Fitted:
         done = {
             "none": f"set quantize.fit: {next_rule}, or " if next_rule else "set ",
             "ladder": f"its {len(self.coarse_layers)} layers are at {COARSE_BITS} bits already: set ",
-            "solve": "no step is coarse enough: set a smaller passthrough_numel, ",
+            "solve": "no step is coarse enough: set ",
             "prune": f"all {self.candidates:,} integers that may become zero are zero already: set ",
         }.get(self.config.fit, "set ")
-        fewer = "quantize.rate.bits" if self.config.quantizer == "rate_distortion" else "quantize.matrix_bits"
+        fewer = "fewer quantize.matrix_bits"
+        if self.config.quantizer == "rate_distortion":
+            fewer = "a smaller quantize.passthrough_numel" if self.config.fit == "solve" else "fewer quantize.rate.bits"
         return (
             f"the artifact is {self.over_bytes:,} bytes over the {self.limit_bytes:,} that code leaves of the budget"
-            f"{each}; {done}fewer {fewer}, or make the model smaller"
+            f"{each}; {done}{fewer}, or make the model smaller"
         )
 
     def report(self) -> dict[str, object]:

@@ -22,7 +22,7 @@ from golfbook.model.component import Storage
 Expect = Callable[[Mapping[str, QuantizedTensor], QuantizeConfig], int]
 FULL = 0.9995  # share of the limit that a plan aims at: the last bytes are not worth another search
 ROUNDS = 5
-LEAST_BITS = 0.25  # a weight: below it there is nothing left to tell
+LEAST_BITS, MOST_BITS = 0.5, 8.0  # a weight: there is nothing left to tell, or nothing left to gain
 # Matrices below which size are stored as float16: the setting, and smaller ones.
 SMALL = (4096, 1024, 256)
 
@@ -80,29 +80,38 @@ def _filled(
     """Return a plan that fills the limit; ``bits`` a weight are the first guess, 0: none."""
     reliefs = survey(state, storage, config, statistics)
     weights = sum(relief.weight.numel() for relief in reliefs.values())
-    bits = bits or max(LEAST_BITS, 8 * limit / max(weights, 1) - 0.3)
+    bits = bits or _sensible(8 * limit / max(weights, 1) - 0.3)
     step, found = common_step(reliefs, bits), list[Plan]()
     for _ in range(rounds):
         quantized = quantize_at(step, state, storage, config, reliefs)
         named = config.model_copy(update={"rate": config.rate.model_copy(update={"bits": round(bits, 4)})})
         size = expect(quantized, named)
         found.append(Plan(quantized, named, size, predicted_loss(quantized, reliefs, statistics)))
-        missing = 8 * (FULL * limit - size) / max(weights, 1)  # bits a weight
-        if 0 <= limit - size <= 2 * (1 - FULL) * limit or bits + missing < LEAST_BITS or not weights:
+        wanted = _sensible(bits + 8 * (FULL * limit - size) / max(weights, 1))
+        if 0 <= limit - size <= 2 * (1 - FULL) * limit or wanted == bits:
             break
-        bits, step = bits + missing, step * 2**-missing
+        bits, step = wanted, step * 2 ** (bits - wanted)
     fitting = [plan for plan in found if plan.bytes <= limit]
     return max(fitting, key=lambda plan: plan.bytes) if fitting else min(found, key=lambda plan: plan.bytes)
+
+
+def _sensible(bits: float) -> float:
+    return min(max(bits, LEAST_BITS), MOST_BITS)
 
 
 def predicted_loss(
     quantized: Mapping[str, QuantizedTensor], reliefs: Mapping[str, Relief], statistics: Statistics
 ) -> float:
-    """Return the loss in nats a token that errors of the quantised matrices add: ``1/2 sum_i g_i e_i H e_i^T``."""
+    """Return the loss in nats a token that errors E of the quantised matrices add: ``1/2 tr(G E H E^T)`` for each.
+
+    G holds the products of gradients where they are known, else their squares alone: ``1/2 sum_i g_i e_i H e_i^T``.
+    """
     loss = 0.0
     for name, relief in reliefs.items():
         if statistics.get(name):
             rows, gram = fisher(statistics[name])
             error = (relief.weight - quantized[name].dequantize()).double()
-            loss += 0.5 * float(((error @ gram.double() * error).sum(dim=1) * rows.double()).sum())
+            products = statistics[name].get("outputs")
+            weighted = rows.double()[:, None] * error if products is None else products.double() @ error
+            loss += 0.5 * float((error @ gram.double() * weighted).sum())
     return loss

@@ -27,7 +27,12 @@ Key = tuple[str, str]  # a tensor, and what is known of it
 
 
 def collect(
-    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], *, gradients: bool, recurrence: bool = True
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    gradients: bool,
+    outputs: bool = False,
+    recurrence: bool = True,
 ) -> Statistics:
     """Return what a quantiser can know of each tensor, by state-dict name; float32 on the CPU.
 
@@ -42,12 +47,13 @@ def collect(
     - the head: "gram" (D, D) of the final state and its squared gradient at each logit before the soft cap, (V,):
       "gradient" of an untied head, "output" of a table that is the head too.
 
-    Gradients come only with ``gradients``. Without ``recurrence`` the second passes of blocks are left out, as the
-    published runs have it (PR 1406 section 14.1). What only training uses is not run. Where processes work together the
-    sums are over all of them. The model works in eval mode on its own device and is left as it was. Raises
-    :class:`DataError` where there is no batch.
+    Gradients come only with ``gradients``; with ``outputs`` linear maps other than the head also have "outputs" (R, R),
+    the mean of the products of each two of them, whose diagonal is "gradient". Without ``recurrence`` the second passes
+    of blocks are left out, as the published runs have it (PR 1406 section 14.1). What only training uses is not run.
+    Where processes work together the sums are over all of them. The model works in eval mode on its own device and is
+    left as it was. Raises :class:`DataError` where there is no batch.
     """
-    tally = _Tally(model, gradients, recurrence)
+    tally = _Tally(model, gradients, outputs, recurrence)
     with evaluating(model), tally.watching(), torch.set_grad_enabled(gradients):
         for tokens, targets in batches:
             tally.batch(tokens.to(tally.device), targets.to(tally.device))
@@ -59,14 +65,15 @@ def collect(
 class _Tally:
     """Running sums over the inputs of each tensor and over the gradients at its outputs."""
 
-    def __init__(self, model: GPT, gradients: bool, recurrence: bool) -> None:
-        self.model, self.gradients, self.recurrence = model, gradients, recurrence
+    def __init__(self, model: GPT, gradients: bool, crossed: bool, recurrence: bool) -> None:
+        self.model, self.gradients, self.crossed, self.recurrence = model, gradients, crossed, recurrence
         self.device = next(model.parameters()).device
         self.blocks = set(model.blocks.modules())
         self.positions = torch.zeros((), dtype=torch.float64, device=self.device)
         self.inputs: dict[Key, Tensor] = {}  # Gram matrices and counts
         self.shared: dict[Key, Key] = {}  # where the sum of a tensor's inputs stands: another's, where they are equal
         self.outputs: dict[Key, Tensor] = {}  # sums of squared gradients, and last the number of inputs
+        self.products: dict[Key, Tensor] = {}  # sums of products of each two gradients
         self.passes: set[nn.Module] = set()
         self.last: tuple[Tensor, Key] | None = None
 
@@ -133,6 +140,8 @@ class _Tally:
             if not output.requires_grad:  # the weights are frozen: the graph begins here
                 output.requires_grad_()
             output.register_hook(partial(self.add_outputs, (name, "gradient")))
+            if self.crossed and not isinstance(module, nn.Embedding):
+                output.register_hook(partial(self.add_products, (name, "outputs")))
 
     def add_inputs(self, key: Key, x: Tensor, rows: int = 0) -> None:
         """Add the Gram matrix of inputs (..., C), or the counts of each of ``rows`` indices."""
@@ -150,20 +159,28 @@ class _Tally:
         squares = gradient.square().sum(0, dtype=torch.float64)
         self._sum(self.outputs, key, F.pad(squares, (0, 1), value=len(gradient)))
 
+    def add_products(self, key: Key, gradient: Tensor) -> None:
+        """Add the products of each two entries of a gradient (..., R)."""
+        gradient = gradient.detach().reshape(-1, gradient.size(-1)).float()
+        with torch.autocast(gradient.device.type, enabled=False):
+            self._sum(self.products, key, gradient.mT @ gradient)
+
     def _sum(self, sums: dict[Key, Tensor], key: Key, value: Tensor) -> None:
         sums[key] = sums[key].add_(value) if key in sums else value
 
     def result(self) -> Statistics:
         """Return the means over all processes."""
         if dist.is_available() and dist.is_initialized():
-            for value in (self.positions, *self.inputs.values(), *self.outputs.values()):  # in one order everywhere
-                dist.all_reduce(value)
+            for value in (self.positions, *self.inputs.values(), *self.outputs.values(), *self.products.values()):
+                dist.all_reduce(value)  # in one order everywhere
         means = {key: (value / self.positions).float().cpu() for key, value in self.inputs.items()}
         found: dict[str, dict[str, Tensor]] = {}
         for (name, kind), place in self.shared.items():
             found.setdefault(name, {})[kind] = means[place]
         for (name, kind), value in self.outputs.items():
             found[name][kind] = (value[:-1] / value[-1]).float().cpu()
+        for (name, kind), value in self.products.items():
+            found[name][kind] = (value / self.outputs[name, "gradient"][-1]).float().cpu()
         return found
 
 

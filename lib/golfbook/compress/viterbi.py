@@ -123,6 +123,8 @@ def _search(
             y = (aim / half[:, j, None])[:, :, None]
             spacing = 2 if states == 1 else 4
             p = spacing * ((y - lattice) / spacing).round() + lattice
+            if states == 1 and prices is not None:
+                p[:, :, 1] -= 2 * p[:, :, 1].sign()  # both edges are the only one: the second is an integer nearer zero
             paid = weights[:, j, None, None] * (y - p).square()
             p = p.int().expand(rows, states, 2).flatten(1)
             if prices is not None:

@@ -323,7 +323,7 @@ class Config(Section):
                 f"train.qat.rule 'exported' cannot rehearse quantize.quantizer '{self.quantize.quantizer}': its "
                 "integers depend on a calibration text or on a trellis, not on a step's weights alone; set "
                 "train.qat.start: 0, train.qat.rule: published, or quantize.quantizer: percentiles or row_maximum (of "
-                "rate_distortion: rate.rule k_sigma, row_maximum, percentiles or equal, rate.feedback: false, "
+                "rate_distortion: rate.rule k_sigma, row_maximum, percentiles or equal, rate.feedback: none, "
                 "rate.states: 1)"
             )
         return self

@@ -97,5 +97,5 @@ def assemble(preset: str, state: Mapping[str, Any]) -> Config:
     }
     values: dict[str, Any] = {f"model.{name}": value for name, value in overrides.items()}
     if bits != load_config(preset).quantize.matrix_bits:
-        values |= {"quantize.matrix_bits": bits, "quantize.mlp_bits": 0}
+        values |= {"quantize.matrix_bits": bits, "quantize.mlp_bits": 0, "quantize.fit": "none"}
     return load_config(preset, overrides=values)

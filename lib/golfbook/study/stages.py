@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from golfbook import activity, compute
-from golfbook.compress.budget import size_report
+from golfbook.compress.budget import code_bytes, size_report
 from golfbook.compress.calibration import calibrate
 from golfbook.compress.container import read_artifact
 from golfbook.compress.export import export
@@ -54,7 +54,8 @@ def run_quantization(run: Run) -> dict[str, Any]:
         started = time.perf_counter()
         statistics = calibrate(trained, config, data)
         calibrated = time.perf_counter()
-        fitted = export(run.artifact_path, trained, config, data.tokenizer.sha256, statistics)
+        limit = config.budget.limit_bytes - code_bytes()
+        fitted = export(run.artifact_path, trained, config, data.tokenizer.sha256, statistics, limit)
         seconds = time.perf_counter() - calibrated
         atomic_write_bytes(run.tokenizer_path, data.tokenizer.path.read_bytes())
         if fitted.warning:

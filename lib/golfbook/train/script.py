@@ -102,7 +102,7 @@ def run_script(script: str) -> int:
         parser.error("--stride must be at least 1" if given.stride < 1 else "name the text to score, or --train FOLDER")
     try:
         if given.train:
-            status = _train(given.train, here / "config.json")
+            status = _train(given.train, here / "config.json", Path(script).stat().st_size)
             if status or int(os.environ.get("RANK", 0)):
                 return status
         if given.files:
@@ -124,7 +124,7 @@ def run_script(script: str) -> int:
     return 0
 
 
-def _train(folder: Path, config: Path) -> int:
+def _train(folder: Path, config: Path, code_bytes: int) -> int:
     """Train in ``folder``, or go on from its checkpoint, and write its artifact; return the exit status."""
     target = folder / "config.json"
     if not target.is_file() and config.is_file():
@@ -134,6 +134,7 @@ def _train(folder: Path, config: Path) -> int:
     if status or int(os.environ.get("RANK", 0)):
         return status
     data, model = dataset.prepare(run.config), load_model(run)
-    export(run.artifact_path, model, run.config, data.tokenizer.sha256, calibrate(model, run.config, data))
+    statistics, limit = calibrate(model, run.config, data), run.config.budget.limit_bytes - code_bytes
+    export(run.artifact_path, model, run.config, data.tokenizer.sha256, statistics, limit)
     atomic_write_bytes(run.tokenizer_path, data.tokenizer.path.read_bytes())
     return 0
