@@ -133,6 +133,7 @@ def slopes(table: pd.DataFrame, fits: pd.DataFrame, names: Mapping[str, str], we
     bottom, top = axes.get_ylim()
     axes.plot([low, high], [top, top * 4 ** (low - high)], color=GREY, linestyle=":", label="4^-bits: 2 octaves a bit")
     axes.set(yscale="log", ylim=(max(bottom, table["divergence_bpb"].clip(lower=1e-7).min() / 2), top * 1.5))
+    axes.set_title("Each dot is an artifact; lines are fitted")
     axes.set(xlabel="bits a weight, whole artifact", ylabel="divergence (bits per byte)", xlim=(low, high))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9.5)
     return figure
@@ -147,7 +148,7 @@ def parts(table: pd.DataFrame, names: Mapping[str, str], kinds: tuple[str, ...])
     for i, total in enumerate(rows[list(kinds)].sum(axis=1) / 1000):
         axes.annotate(f"{total:.0f}", (total, i), (5, -4), textcoords="offset points", fontweight="bold")
     axes.set_yticks(np.arange(len(rows)), [names[recipe] for recipe in rows["recipe"]])
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="thousand bytes")
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="thousand bytes", title="What the bytes of artifact and code are")
     axes.margins(x=0.08)
     figure.legend(loc="outside lower left", ncols=len(kinds), fontsize=9, columnspacing=1.0, handlelength=1.2)
     return figure
@@ -156,7 +157,7 @@ def parts(table: pd.DataFrame, names: Mapping[str, str], kinds: tuple[str, ...])
 def _stacked(axes: Axes, rows: pd.DataFrame, kinds: tuple[str, ...], height: float = 0.65) -> None:
     """Draw a bar a row at its number, with the thousand bytes of each kind that has room for them."""
     left, room = np.zeros(len(rows)), 0.05 * float(rows[list(kinds)].sum(axis=1).max()) / 1000
-    for kind, colour in zip(kinds, PARTS, strict=True):
+    for kind, colour in zip(kinds, PARTS, strict=False):
         size = rows[kind].to_numpy(float) / 1000
         axes.barh(rows.index, size, left=left, color=colour, edgecolor="white", height=height, label=kind)
         for place, start, width in zip(rows.index, left, size, strict=True):
