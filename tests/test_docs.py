@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 import golfbook
+from golfbook.analysis import frontier
 from golfbook.config.schema import Config
 from test_imports import ROOMS
 
@@ -160,3 +161,19 @@ def test_python_in_the_docs_imports() -> None:
         for node in ast.parse(block).body:
             if isinstance(node, ast.ImportFrom):
                 exec(compile(ast.Module([node], []), "docs", "exec"), {})
+
+
+def ours_over(reference: tuple[str, float, str]) -> dict[int, str]:
+    """Bytes of ours over those of another recipe by training length, as the pages write them."""
+    found = frontier.by_length(frontier.read_table(), [reference])
+    return {
+        row.steps: f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}], n = {row.n}" for row in found.itertuples() if row.n
+    }
+
+
+def test_sizes_at_equal_quality_are_those_of_the_committed_table() -> None:
+    expected = [[*ours_over(reference).values()] for reference in frontier.REFERENCES]
+    assert [row[1:] for row in tables("docs/benchmarks.md")["ours, over"]] == expected
+    readme = " ".join(read("README.md").split())
+    for reference in (frontier.REFERENCES[0], frontier.REFERENCES[-1]):
+        assert ours_over(reference)[1600] in readme

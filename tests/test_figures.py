@@ -15,10 +15,11 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from by_name import train_config
-from golfbook.analysis import context, statistics
+from golfbook.analysis import context, frontier, statistics
 from golfbook.config.schema import TrainConfig
 from golfbook.errors import GolfbookError, RunError
 from golfbook.evaluate.windows import plan_windows
+from golfbook.plots import frontier as frontier_plots
 from golfbook.plots import quantization as quantization_plots
 from golfbook.plots import schedules, style
 from golfbook.plots import seeds as seed_plots
@@ -126,7 +127,34 @@ def examples() -> dict[str, style.Picture]:
         ),
         "floor": size_plots.floor(ways, ways, ["4 bits"], {"line": [-0.002, 0.001]}),
         "sensitivity": size_plots.sensitivity(prices, bits=4),
+        **sizes_against_quality(),
         "budget": size_plots.budget({"code": 100_000, "artifact": 500_000}),
+    }
+
+
+def sizes_against_quality() -> dict[str, style.Picture]:
+    """The pictures of notebook 13, of two invented recipes, three seeds and two lengths."""
+    rows = [
+        (steps, seed, recipe, bits, 100_000 * share * bits, 120_000 * share * bits, 2.0, 0.0, seed * 4.0**-bits, 2.0, 1)
+        for steps in (400, 1600)
+        for seed in (1, 2, 3)
+        for recipe, share in ((frontier.FLOOR, 1.0), (frontier.OURS, 0.8))
+        for bits in (4, 6, 8)
+    ]
+    table = pd.DataFrame(rows, columns=list(frontier.COLUMNS))
+    one, names = table[table["steps"] == 1600], frontier.MAIN
+    pieces = one[one["seed"] == 1].assign(**dict.fromkeys(frontier.PARTS, 30_000))
+    reference = frontier.REFERENCES[0]
+    lengths = frontier.by_length(table, [reference])
+    ideal = frontier.front(one, size="memoryless_bytes")
+    return {
+        "front": frontier_plots.front(frontier.front(one), names, ideal, title="Front"),
+        "steps": frontier_plots.steps(frontier.steps_apart(one, frontier.ANCHOR), title="Steps"),
+        "lengths": frontier_plots.lengths(lengths, {(reference[0], reference[2]): "PR 1166"}),
+        "slopes": frontier_plots.slopes(one, frontier.slopes(one, 1_000_000), names, 1_000_000),
+        "parts": frontier_plots.parts(pieces[pieces["bits"] == 4], names, frontier.PARTS),
+        "within": frontier_plots.within(pieces, names, frontier.PARTS, 250.0),
+        "within nothing": frontier_plots.within(pieces, names, frontier.PARTS, 1.0),
     }
 
 
@@ -385,3 +413,26 @@ def test_seeds_needed_agrees_with_simulated_studies() -> None:
     assert f"needs {needed} seeds" in axes.get_title(loc="left")
     assert np.isfinite(seed_plots.seeds_needed(0.05, 0.0001).axes[0].lines[0].get_ydata()).all()
     assert "more than 24" in seed_plots.seeds_needed(0.0001, 0.001).axes[0].get_title(loc="left")
+
+
+def test_front_greys_what_is_dominated_and_names_every_recipe(pictures: dict[str, style.Picture]) -> None:
+    (axes,) = pictures["front"].axes
+    faces = [line.get_markerfacecolor() for line in axes.lines if line.get_marker() in "os^D" and len(line.get_xdata())]
+    assert faces.count(style.LIGHT) > 0 and faces.count(frontier_plots.COLOURS[3]) > 0
+    words = legend(axes)
+    assert frontier.MAIN[frontier.FLOOR] in words and frontier.MAIN[frontier.OURS] in words
+    assert frontier.MAIN[frontier.RECORDS] not in words, "a recipe without points has no line"
+
+
+def test_steps_state_percent_interval_and_n(pictures: dict[str, style.Picture]) -> None:
+    (axes,) = pictures["steps"].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["all together (n = 3)"]
+    assert [text.get_text() for text in axes.texts] == ["-20.0 % ± 0.0"]
+
+
+def test_within_a_budget_the_best_that_fits_is_circled(pictures: dict[str, style.Picture]) -> None:
+    left, right = pictures["within"].axes
+    assert len(left.collections[-1].get_offsets()) == 1
+    assert len(pictures["within nothing"].axes[0].collections[-1].get_offsets()) == 0
+    assert sum("nothing fits" in text.get_text() for text in right.texts) == 2
+    assert sum("nothing fits" in text.get_text() for text in pictures["within nothing"].axes[1].texts) == 4

@@ -19,6 +19,7 @@ import papermill
 import pytest
 
 from conftest import invent_choices
+from golfbook.analysis import frontier
 from golfbook.compress.container import read_artifact
 from golfbook.config.load import load_config
 from golfbook.data import dataset
@@ -72,7 +73,14 @@ def parameters(path: Path) -> str:
 
 
 def test_the_notebooks_of_the_design_are_there() -> None:
-    expected = {"00_tour", "01_data_and_bits_per_byte", "02_architecture", "10_seeds", *STAGE_NOTEBOOKS.values()}
+    expected = {
+        "00_tour",
+        "01_data_and_bits_per_byte",
+        "02_architecture",
+        "10_seeds",
+        "13_size_quality",
+        *STAGE_NOTEBOOKS.values(),
+    }
     assert expected <= set(NAMES)
 
 
@@ -313,6 +321,20 @@ def test_seeds_plots_finished_runs_and_names_the_others(home: Path, scored: tupl
     assert "passed over: old-s1-0123456789: its config.json is missing, damaged or of an older version" in printed
     assert "no_xsa, seed 7: training missing" in printed
     assert "There is only the variant **base**" in printed
+
+
+def test_size_quality_draws_the_committed_table(home: Path) -> None:
+    notebook = execute(home, "13_size_quality")
+    assert pictures(notebook) >= 6
+    plotted = pd.read_csv(home / "figures/size_quality.csv")
+    shown = plotted[plotted["recipe"] == frontier.OURS].iloc[0]
+    table = frontier.read_table()
+    rows = table[(table["steps"] == 1600) & (table["recipe"] == frontier.OURS) & (table["bits"] == shown["bits"])]
+    assert shown["kilobytes"] == pytest.approx(rows["artifact_bytes"].mean() / 1000)
+    for suffix in ("png", "svg", "csv"):  # the picture of the README is that of the committed table
+        assert (home / f"figures/size_quality.{suffix}").stat().st_size > 500
+    committed = pd.read_csv(FOLDER.parent / "figures/size_quality.csv")
+    pd.testing.assert_frame_equal(plotted, committed, rtol=1e-4)
 
 
 def test_tour(home: Path) -> None:

@@ -22,6 +22,7 @@ from golfbook.files import project_root
 from golfbook.model.gpt import GPT, initialise
 from golfbook.panels import architecture as architecture_panels
 from golfbook.panels import base as panels
+from golfbook.panels import frontier as frontier_panels
 from golfbook.panels import monitor, schedules
 from golfbook.panels import seeds as seed_panels
 from golfbook.panels import size as size_panels
@@ -84,8 +85,26 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         return seed_panels.coverage(studies=20)
     if kind == "ladder":
         return text_panels.ladder({"raw": 39215, "lzma": 15204, "model": 13302.5}, unit="bytes", title="Sizes")
+    if kind == "budget":
+        return frontier_panels.budget(frontier_pieces(), {"a": "A", "b": "B"}, ("MLP", "code"), start=330)
     rows = [(bits, 100 * bits, 2 + 2.0**-bits) for bits in range(3, 9)]
     return size_panels.bits_choice(pd.DataFrame(rows, columns=["bits", "artifact_bytes", "val_bpb"]))
+
+
+def frontier_pieces() -> pd.DataFrame:
+    rows = [
+        (r, bits, 50_000 * bits * share, 100_000, 4.0**-bits)
+        for r, share in (("a", 1), ("b", 0.9))
+        for bits in (3, 4, 8)
+    ]
+    return pd.DataFrame(rows, columns=["recipe", "bits", "MLP", "code", "divergence_bpb"])
+
+
+def test_the_best_of_a_budget_is_what_fits_with_its_code() -> None:
+    panel = frontier_panels.budget(frontier_pieces(), {"a": "A", "b": "B"}, ("MLP", "code"), start=330)
+    for budget, bits in ((330, 4), (270, 3), (460, 8), (230, 0)):
+        said = panel.figure(guess=5.0, budget=budget).get_supxlabel()
+        assert said == f"your guess: 5; it is {bits}"
 
 
 @pytest.mark.parametrize(
@@ -132,6 +151,8 @@ def make_panel(kind: str, tokenizer: Tokenizer) -> panels.Panel:
         ("bits_choice", "bits", 4),
         ("bits_choice", "guess", 5),
         ("ladder", "guess", 14000),
+        ("budget", "budget", 450),
+        ("budget", "guess", 4.0),
         ("seeds_needed", "difference", 0.001),
         ("seeds_needed", "std", 0.009),
         ("seeds_needed", "guess", 3),

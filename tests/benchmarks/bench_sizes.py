@@ -5,7 +5,8 @@
 
 Every trained run below the folder is stored in every way at every rate; each artifact is read back and scored. Printed
 are bytes at the quality of the published quantiser and of the records' recipe, as ratios seed by seed. With --out the
-table is written, and rows that are there already are not measured again.
+table is written, and rows that are there already are not measured again. With --pieces the bytes of the first run's
+artifacts are written part by part, at their rates and at the divergence of PR 1166 at 6 bits.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import pandas as pd
 import torch
 
 from golfbook.analysis import frontier
-from golfbook.analysis.statistics import describe
 from golfbook.compress.calibration import calibrate
+from golfbook.compress.quantizer import Statistics
+from golfbook.config.schema import Config
 from golfbook.data import dataset
+from golfbook.model.gpt import GPT
 from golfbook.provenance import processor
 from golfbook.run import open_run
 from golfbook.train.checkpoints import load_model
@@ -27,16 +30,18 @@ from golfbook.train.checkpoints import load_model
 FINE = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
 COARSE = (2.0, 3.0, 3.5, 4.0, 5.0)
 WHOLE = (3, 4, 5, 6, 7, 8)
-MAIN = ("PR 1166, xz", "no floor, xz", "records: k sigma, GPTQ", "equal slope, trellis 8, small matrices too")
+FEW = (2.5, 3.5, 4.5)  # of what did not stay
 
 
-def rates(recipe: str, parts: bool) -> tuple[float, ...]:
-    """The rates at which a recipe is measured; none where only the main ones are asked for."""
-    if not parts and recipe not in MAIN:
+def rates(recipe: str, every: bool) -> tuple[float, ...]:
+    """Return the rates at which a recipe is measured; none where only the main ones are asked for."""
+    if not every and recipe not in frontier.MAIN:
         return ()
     if frontier.RECIPES[recipe]["quantizer"] == "percentiles":
         return WHOLE
-    return tuple(bits + ("records" in recipe) for bits in (FINE if parts else COARSE))
+    if recipe in [after for _, _, after in frontier.SIDEWAYS[1:]]:
+        return FEW
+    return tuple(bits + (recipe == frontier.RECORDS) for bits in (FINE if every else COARSE))
 
 
 def models(folder: Path, only: str) -> list[Path]:
@@ -47,62 +52,85 @@ def models(folder: Path, only: str) -> list[Path]:
     return found
 
 
-def measured(path: Path, parts: bool, known: pd.DataFrame, targets: int) -> pd.DataFrame:
-    """The rows of one run that are not known yet."""
+def opened(path: Path) -> tuple[Config, dataset.Dataset, GPT]:
+    """Return what a run was trained with, with all of the validation text, and its model."""
     run = open_run(path)
     config = run.config.model_copy(update={"data": run.config.data.model_copy(update={"max_validation_tokens": 0})})
-    data, model = dataset.prepare(config), load_model(run)
-    named = {"steps": config.train.steps, "seed": config.seed}
-    mine = known[(known["steps"] == config.train.steps) & (known["seed"] == config.seed)] if len(known) else known
-    done = set(mine["recipe"]) if len(mine) else set()
-    asked = {recipe: rates(recipe, parts) for recipe in frontier.RECIPES if recipe not in done}
+    return config, dataset.prepare(config), load_model(run)
+
+
+def statistics_of(config: Config, data: dataset.Dataset, model: GPT) -> Statistics:
+    """Return what the calibrated recipes need to know of a model."""
+    found = calibrate(model, frontier.settings(config, frontier.OURS, 3.0), data)
+    assert found is not None
+    return found
+
+
+def measured(path: Path, every: bool, known: pd.DataFrame, targets: int) -> pd.DataFrame:
+    """Return the rows of one run that are not known yet."""
+    config, data, model = opened(path)
+    mine = known[(known["steps"] == config.train.steps) & (known["seed"] == config.seed)]
+    done = set(mine["recipe"])
+    asked = {recipe: rates(recipe, every) for recipe in frontier.RECIPES if recipe not in done}
     asked = {recipe: bits for recipe, bits in asked.items() if bits}
     if not asked:
         return pd.DataFrame()
-    chosen = frontier.settings(config, "equal slope", 3.0)
-    statistics = calibrate(model, chosen, data)
-    assert statistics is not None
-    table = frontier.measure(model, config, data, statistics, asked, targets)
-    return table.assign(**named)[[*named, *table.columns]]
+    table = frontier.measure(model, config, data, statistics_of(config, data, model), asked, targets)
+    return table.assign(steps=config.train.steps, seed=config.seed)[list(frontier.COLUMNS)]
+
+
+def pieces(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Return the parts of one run's artifacts by the main recipes: at their rates, and at PR 1166's divergence."""
+    config, data, model = opened(path)
+    statistics, rows = statistics_of(config, data, model), []
+    mine = table[(table["steps"] == config.train.steps) & (table["seed"] == config.seed)]
+    goal = mine[(mine["recipe"] == frontier.ANCHOR[0]) & (mine["bits"] == frontier.ANCHOR[1])]["divergence_bpb"]
+    for recipe in frontier.MAIN:
+        own = mine[mine["recipe"] == recipe]
+        equal = frontier.needed(mine, recipe, frontier.ANCHOR, size="bits").iloc[0]
+        asked = [*zip(own["bits"], own["divergence_bpb"], [False] * len(own), strict=True), (equal, goal.iloc[0], True)]
+        for bits, divergence, at_anchor in asked:
+            artifact = frontier.stored(model, config, data, statistics, recipe, float(bits))
+            named = {"steps": config.train.steps, "seed": config.seed, "recipe": recipe, "bits": round(bits, 4)}
+            found = {"at_anchor": at_anchor, "divergence_bpb": divergence, **frontier.parts(artifact)}
+            rows.append(named | found)
+    return pd.DataFrame(rows)
 
 
 def compare(table: pd.DataFrame) -> None:
-    """Print the bytes of every recipe at the quality of two others, as ratios seed by seed."""
-    for reference, bits in (("PR 1166, xz", 6), ("no floor, xz", 6), ("records: k sigma, GPTQ", 4.0)):
-        for steps, group in table.groupby("steps"):
-            print(f"\nat the divergence of '{reference}' at {bits} bits, {steps} steps: bytes over its bytes")
-            for recipe in frontier.RECIPES:
-                ratios = []
-                for _, rows in group.groupby("seed"):
-                    at = rows[(rows["recipe"] == reference) & (rows["bits"] == bits)]
-                    own = rows[rows["recipe"] == recipe]
-                    if len(at) and len(own):
-                        size = "memoryless_bytes" if "records" in reference else "artifact_bytes"
-                        needed = frontier.bytes_at(own, float(at["divergence_bpb"].iloc[0]))
-                        ratios.append(needed / float(at[size].iloc[0]))
-                found = describe(ratios)
-                if found.n:
-                    print(f"  {recipe:45s} {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}] n = {found.n}")
+    """Print the bytes of every recipe at the quality of others, as ratios seed by seed."""
+    for recipe in frontier.RECIPES:
+        for row in frontier.by_length(table, frontier.REFERENCES, recipe).itertuples():
+            if row.n:
+                over = f"'{row.reference}' at {row.bits:g} bits, {row.size}"
+                print(f"{row.steps:5} steps, {recipe} over {over}: {row.mean:.3f} "
+                      f"[{row.low:.3f}, {row.high:.3f}] n = {row.n}")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--pieces", type=Path)
     parser.add_argument("--targets", type=int, default=65536)
     parser.add_argument("--only", default="", help="runs whose names contain this")
     parser.add_argument("--parts", default="steps_1600", help="runs that are stored in every way, by their names")
     given = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{processor()}, one thread, torch {torch.__version__}")
-    table = pd.read_csv(given.out) if given.out and given.out.is_file() else pd.DataFrame()
-    for path in models(given.folder, given.only):
+    known = given.out and given.out.is_file()
+    table = pd.read_csv(given.out) if known else pd.DataFrame(columns=list(frontier.COLUMNS))
+    paths = models(given.folder, given.only)
+    for path in paths:
         more = measured(path, given.parts in path.name, table, given.targets)
-        table = pd.concat([table, more], ignore_index=True)
+        table = more if table.empty else pd.concat([table, more], ignore_index=True)
         print(f"{path.name}: {len(more)} artifacts", flush=True)
         if given.out and len(more):
             table.to_csv(given.out, index=False, float_format="%.7g")
     compare(table)
+    if given.pieces:
+        first = next(path for path in paths if given.parts in path.name)
+        pieces(first, table).to_csv(given.pieces, index=False, float_format="%.7g")
 
 
 if __name__ == "__main__":

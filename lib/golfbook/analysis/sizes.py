@@ -47,6 +47,12 @@ def group_of(name: str) -> str:
     return next(group for group, infix in GROUPS.items() if infix in name)
 
 
+def constant(tensor: QuantizedTensor) -> QuantizedTensor:
+    """Return an integer tensor with one constant scale, which costs next to nothing, in place of its steps."""
+    dtype = torch.float16 if tensor.kind == "step" else torch.float32
+    return replace(tensor, scale=torch.zeros((), dtype=dtype), rows=None, columns=None)
+
+
 def group_bytes(quantized: Mapping[str, QuantizedTensor], config: QuantizeConfig) -> pd.DataFrame:
     """Count the bytes of integers and plain values by group, without scales.
 
@@ -56,10 +62,8 @@ def group_bytes(quantized: Mapping[str, QuantizedTensor], config: QuantizeConfig
     coder: Coder = named(CODERS, config.coder)
     members: dict[str, list[QuantizedTensor]] = {}
     for name, tensor in quantized.items():
-        if tensor.q is not None:  # one constant scale, which costs next to nothing
-            dtype = torch.float16 if tensor.kind == "step" else torch.float32
-            tensor = replace(tensor, scale=torch.zeros((), dtype=dtype), rows=None, columns=None)
-        members.setdefault(PLAIN if tensor.q is None else group_of(name), []).append(tensor)
+        group = PLAIN if tensor.q is None else group_of(name)
+        members.setdefault(group, []).append(constant(tensor) if tensor.q is not None else tensor)
     rows = []
     for group in (*GROUPS, PLAIN):
         if not (tensors := members.get(group)):

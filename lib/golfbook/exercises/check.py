@@ -24,7 +24,7 @@ from golfbook.panels.base import interactive
 
 NOTEBOOKS = {
     **{"00": "tour", "01": "data", "02": "architecture", "03": "training"},
-    **{"04": "quantization", "05": "scoring", "10": "seeds"},
+    **{"04": "quantization", "05": "scoring", "10": "seeds", "13": "frontier"},
 }
 
 
