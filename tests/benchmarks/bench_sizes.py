@@ -88,7 +88,9 @@ def pieces(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     for recipe in frontier.MAIN:
         own = mine[mine["recipe"] == recipe]
         equal = frontier.needed(mine, recipe, frontier.ANCHOR, size="bits").iloc[0]
-        asked = [*zip(own["bits"], own["divergence_bpb"], [False] * len(own), strict=True), (equal, goal.iloc[0], True)]
+        asked = [*zip(own["bits"], own["divergence_bpb"], [False] * len(own), strict=True)]
+        if recipe != frontier.NO_FLOOR:  # which knows whole bits only
+            asked.append((equal, goal.iloc[0], True))
         for bits, divergence, at_anchor in asked:
             artifact = frontier.stored(model, config, data, statistics, recipe, float(bits))
             named = {"steps": config.train.steps, "seed": config.seed, "recipe": recipe, "bits": round(bits, 4)}
