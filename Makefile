@@ -49,9 +49,10 @@ lint: $(VENV)/.ready
 lab: $(VENV)/.ready  ## open the notebooks in JupyterLab (loopback, with a token)
 	$(BIN)/golfbook lab
 
-figures: $(VENV)/.ready  ## make the README's figures again from the quickstart study
+figures: $(VENV)/.ready  ## make the README's figures again, from the quickstart study and the committed table of sizes
 	$(BIN)/golfbook run papermill_jobs/quickstart.yaml
 	$(BIN)/golfbook collect quickstart
+	$(BIN)/papermill notebooks/13_size_quality.ipynb runs/13_size_quality.ipynb
 
 bench: $(VENV)/.ready  ## run the benchmarks; each prints both sides
 	@for f in tests/benchmarks/bench_*.py; do echo "== $$f"; $(BIN)/python $$f || exit 1; done

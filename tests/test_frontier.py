@@ -183,6 +183,8 @@ def test_ratios_are_of_bytes_at_equal_divergence_seed_by_seed() -> None:
 def test_trend_says_whether_the_gain_shrinks() -> None:
     made, longer = invented(), invented().assign(steps=4800)
     assert "other lengths were not measured" in frontier.trend(made, frontier.REFERENCES[0])
+    alone = frontier.trend(pd.concat([made, longer[longer["seed"] == 2]]), frontier.REFERENCES[0])
+    assert "n = 1 seeds of both lengths say nothing" in alone
     ours = longer["recipe"] == frontier.OURS
     for share, word in ((1.1, "shrinks"), (0.9, "grows"), (1.0, "does not clearly change")):
         changed = longer.assign(artifact_bytes=longer["artifact_bytes"].where(~ours, longer["artifact_bytes"] * share))

@@ -1,7 +1,7 @@
 """Bytes at equal quality: published quantisers, the records' recipe and ours, on the models of a study.
 
     golfbook run papermill_jobs/size_quality.yaml
-    python tests/benchmarks/bench_sizes.py FOLDER_OF_THE_STUDY [--out TABLE.csv] [--targets 65536] [--only PATTERN]
+    python tests/benchmarks/bench_sizes.py [runs/size_quality] [--out TABLE.csv] [--targets 65536] [--only PATTERN]
 
 Every trained run below the folder is stored in every way at every rate; each artifact is read back and scored. Printed
 are bytes at the quality of the published quantiser and of the records' recipe, as ratios seed by seed. With --out the
@@ -22,6 +22,7 @@ from golfbook.compress.calibration import calibrate
 from golfbook.compress.quantizer import Statistics
 from golfbook.config.schema import Config
 from golfbook.data import dataset
+from golfbook.files import runs_root
 from golfbook.model.gpt import GPT
 from golfbook.provenance import processor
 from golfbook.run import open_run
@@ -45,11 +46,8 @@ def rates(recipe: str, every: bool) -> tuple[float, ...]:
 
 
 def models(folder: Path, only: str) -> list[Path]:
-    """The run folders below ``folder`` that have finished training, in order."""
-    found = sorted(path.parent for path in folder.glob("*/result.training.json") if only in path.parent.name)
-    if not found:
-        raise SystemExit(f"no trained run below {folder}: run papermill_jobs/size_quality.yaml first")
-    return found
+    """Return the run folders below ``folder`` that have finished training, in order."""
+    return sorted(path.parent for path in folder.glob("*/result.training.json") if only in path.parent.name)
 
 
 def opened(path: Path) -> tuple[Config, dataset.Dataset, GPT]:
@@ -88,7 +86,9 @@ def pieces(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     for recipe in frontier.MAIN:
         own = mine[mine["recipe"] == recipe]
         equal = frontier.needed(mine, recipe, frontier.ANCHOR, size="bits").iloc[0]
-        asked = [*zip(own["bits"], own["divergence_bpb"], [False] * len(own), strict=True), (equal, goal.iloc[0], True)]
+        asked = [*zip(own["bits"], own["divergence_bpb"], [False] * len(own), strict=True)]
+        if recipe != frontier.NO_FLOOR:  # which knows whole bits only
+            asked.append((equal, goal.iloc[0], True))
         for bits, divergence, at_anchor in asked:
             artifact = frontier.stored(model, config, data, statistics, recipe, float(bits))
             named = {"steps": config.train.steps, "seed": config.seed, "recipe": recipe, "bits": round(bits, 4)}
@@ -109,7 +109,7 @@ def compare(table: pd.DataFrame) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", default=runs_root() / "size_quality")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--pieces", type=Path)
     parser.add_argument("--targets", type=int, default=65536)
@@ -121,6 +121,9 @@ def main() -> None:
     known = given.out and given.out.is_file()
     table = pd.read_csv(given.out) if known else pd.DataFrame(columns=list(frontier.COLUMNS))
     paths = models(given.folder, given.only)
+    if not paths:
+        print(f"no trained run below {given.folder}: run papermill_jobs/size_quality.yaml first")
+        return
     for path in paths:
         more = measured(path, given.parts in path.name, table, given.targets)
         table = more if table.empty else pd.concat([table, more], ignore_index=True)

@@ -321,6 +321,8 @@ def trend(table: pd.DataFrame, reference: tuple[str, float, str], recipe: str = 
     name, bits, size = reference
     first, last = (needed(t, recipe, (name, bits)) / needed(t, name, (name, bits), size) for t in (short, long))
     d = describe(last - first)
+    if d.n < 2:
+        return f"bytes over theirs {listed}; n = {d.n} seeds of both lengths say nothing about a trend"
     word = "shrinks" if d.low > 0 else "grows" if d.high < 0 else "does not clearly change"
     interval = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}], n = {d.n}"
     return f"the gain {word} with training: bytes over theirs {listed}; longest minus shortest {interval}"
