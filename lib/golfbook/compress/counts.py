@@ -11,6 +11,8 @@ symbol costs at least 1/64 bit, and a reader can refuse a table of contents that
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import constriction
 import numpy as np
 
@@ -68,7 +70,7 @@ def folded(counts: np.ndarray) -> np.ndarray:
     return out
 
 
-class Port:
+class Port(ABC):
     """Takes symbols to or from somewhere; one walk through the tensors serves writing, reading and measuring."""
 
     reads = False
@@ -87,12 +89,12 @@ class Port:
             start = stop
         return np.concatenate(found)
 
-    def _pass(self, table: Table, symbols: np.ndarray | None, count: int) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def _pass(self, table: Table, symbols: np.ndarray | None, count: int) -> np.ndarray: ...
 
+    @abstractmethod
     def plain(self, bits: int, symbols: np.ndarray | None, count: int) -> np.ndarray:
         """Pass ``count`` numbers of ``bits`` bits (1 to 16) as they are."""
-        raise NotImplementedError
 
 
 class Writer(Port):

@@ -47,7 +47,14 @@ PROVENANCE = {  # column: key of a result's environment
 }
 RECORD = "job.json"
 REFERENCE_COLUMNS = (  # of results.csv, after the settings; those a study does not have are left out
-    *("test_time_training_val_bpb", "contiguous_val_bpb", "quantization_val_bpb", "training_val_bpb", "float_val_bpb"),
+    *(
+        "test_time_training_val_bpb",
+        "contiguous_val_bpb",
+        "quantization_val_bpb",
+        "training_val_bpb",
+        "float_val_bpb",
+        "tax_bpb",
+    ),
     *("unigram_bpb", "artifact_bytes", "code_bytes", "total_bytes", "parameters", "steps", "tokens_seen"),
     *("train_seconds", "peak_memory_bytes", "precision", "products", "attention", "device", "weights"),
     *("dataset_fingerprint",),
