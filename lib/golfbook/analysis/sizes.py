@@ -99,12 +99,13 @@ def sensitivity(model: GPT, config: Config, data: Dataset, targets: int, bits: i
     mean over windows of the first ``targets`` targets) with its paired 95 % interval ``low``, ``high`` over ``n``
     windows. What only training uses is left out, as in the artifact.
     """
-    window, stored = config.window, quantize_model(model, config.quantize)
+    window, known = config.window, calibrate(model, config, data)
+    stored = quantize_model(model, config.quantize, known)
     probe = GPT(exported(model.config))
     probe.load_state_dict(dequantize(stored))
     places = probe.state_dict()  # shares memory with the model
     coarse = {"matrix_bits": bits, "mlp_bits": 0, "other_bits": bits}
-    smaller = quantize_model(model, config.quantize.model_copy(update=coarse))
+    smaller = quantize_model(model, config.quantize.model_copy(update=coarse), known)
     count = min(targets, len(data.val_tokens) - 1) // window * window or len(data.val_tokens) - 1
     tokens, per_window = data.val_tokens[: count + 1], min(window, count)
     to_bpb = count / (math.log(2) * int(data.val_token_bytes[:count].sum(dtype=np.int64)))
