@@ -143,11 +143,11 @@ def quantize_at(
     stored = {}
     for name, tensor in state.items():
         if name in reliefs:
-            found = [coded(name, reliefs[name], common, config.rate, config.rate.states)]
+            stored[name] = coded(name, reliefs[name], common, config.rate, config.rate.states)
             if storage[name] == "other" and config.rate.states > 1:
                 # rows of tokens that training never saw are alike, which the coder can use where there is no trellis
-                found.append(coded(name, reliefs[name], common, config.rate, 1))
-            stored[name] = min(found, key=reliefs[name].cost)
+                rounded = coded(name, reliefs[name], common, config.rate, 1)
+                stored[name] = min(stored[name], rounded, key=reliefs[name].cost)
         else:
             weight = finite(name, tensor)
             large = storage[name] == "control" and weight.numel() > config.passthrough_numel
