@@ -14,22 +14,21 @@ from torch import Tensor
 
 from golfbook.analysis.frontier import Yardstick, bytes_at, settings
 from golfbook.analysis.sizes import entropy_bits, group_of
-from golfbook.compress import calibration, gptq, rowwise
+from golfbook.compress import calibration, export, gptq, rowwise
 from golfbook.compress.budget import code_bytes
 from golfbook.compress.coders import Coder
-from golfbook.compress.container import expected_bytes
 from golfbook.compress.estimates import cross_entropy_bits, estimate_bits
 from golfbook.compress.export import quantize_model
 from golfbook.compress.quantizer import QuantizedTensor, Statistics, dequantize
 from golfbook.compress.rate_distortion import Relief, survey
-from golfbook.compress.solver import SMALL, Plan, predicted_loss, solve
+from golfbook.compress.solver import SMALL, Plan, predicted_loss
 from golfbook.compress.statistics import collect
 from golfbook.compress.trellis import points
 from golfbook.compress.viterbi import search
 from golfbook.config.schema import Config
 from golfbook.config.tables import CODERS, named
 from golfbook.data.dataset import Dataset
-from golfbook.model.component import Storage, facts_of
+from golfbook.model.component import facts_of
 from golfbook.model.gpt import GPT, exported, exported_state
 
 CHOSEN_CODERS = ("xz", "zstd", "brotli", "entropy")
@@ -53,7 +52,8 @@ def learnt(
 
 def reliefs_of(model: GPT, config: Config, known: Statistics) -> dict[str, Relief]:
     """Return the relief of every matrix of ``model`` that ``config.quantize`` turns into integers, by name."""
-    return survey(exported_state(model), _storage(model), config.quantize, known)
+    storage = {name: facts.storage for name, facts in facts_of(model).items()}
+    return survey(exported_state(model), storage, config.quantize, known)
 
 
 def feedback_effect(state: Mapping[str, Tensor], known: Statistics, bits: int) -> pd.DataFrame:
@@ -182,11 +182,8 @@ def plan(model: GPT, config: Config, data: Dataset, known: Statistics, cap: int)
     # small matrices become integers too: the solver need not try which ones should stay float16, which takes longer
     changed = {"fit": "solve", "passthrough_numel": min(SMALL)}
     chosen = settings(config, "equal slope", 3.0).quantize.model_copy(update=changed)
-    shape, digest = exported(model.config), data.tokenizer.sha256
-    return solve(
-        exported_state(model), _storage(model), chosen, known, cap - code_bytes(),
-        lambda stored, used: expected_bytes(shape, stored, digest, used, config.train.sequence_length),
-    )  # fmt: skip
+    config = config.model_copy(update={"quantize": chosen})
+    return export.plan(model, config, data.tokenizer.sha256, known, cap - code_bytes())
 
 
 def parts(plan: Plan) -> dict[str, int]:
@@ -199,7 +196,3 @@ def parts(plan: Plan) -> dict[str, int]:
     header = plan.bytes - math.ceil(total / 8)
     shares = {"integers": integers, "side information": total - integers - floats, "floats": floats}
     return {"code": code_bytes(), **{name: max(0, round(bits / 8)) for name, bits in shares.items()}, "header": header}
-
-
-def _storage(model: GPT) -> dict[str, Storage]:
-    return {name: facts.storage for name, facts in facts_of(model).items()}

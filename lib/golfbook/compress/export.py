@@ -10,7 +10,7 @@ from torch import Tensor
 from golfbook.compress.container import expected_bytes, write_artifact
 from golfbook.compress.fit import Fitted, fit
 from golfbook.compress.quantizer import QuantizedTensor, Statistics, quantize
-from golfbook.compress.solver import solve, written
+from golfbook.compress.solver import Plan, solve, written
 from golfbook.config.schema import Config, QuantizeConfig
 from golfbook.errors import RunError
 from golfbook.model.component import Storage, facts_of
@@ -29,9 +29,8 @@ def export(
 
     What only training uses is left out. The artifact names ``config.train.sequence_length`` as its natural window. It
     may have ``limit`` bytes (None: the whole budget, as if code took nothing), and ``config.quantize.fit`` says what is
-    done where it has more.
-    The same arguments give the same bytes. Raises :class:`golfbook.errors.RunError` naming a tensor that cannot be
-    stored, and where a quantiser that needs ``statistics`` is given none.
+    done where it has more. The same arguments give the same bytes. Raises :class:`golfbook.errors.RunError` naming a
+    tensor that cannot be stored, and where a quantiser that needs ``statistics`` is given none.
     """
     state, storage = _parts(model, config.quantize, statistics)
     shape, length = exported(model.config), config.train.sequence_length
@@ -39,14 +38,21 @@ def export(
     def write(quantized: Mapping[str, QuantizedTensor], quantize_config: QuantizeConfig) -> int:
         return write_artifact(path, shape, quantized, tokenizer_sha256, quantize_config, length)
 
+    limit = config.budget.limit_bytes if limit is None else limit
+    if config.quantize.fit == "solve":
+        return written(plan(model, config, tokenizer_sha256, statistics, limit), write, limit)
+    return fit(state, storage, config.quantize, statistics, write, limit)
+
+
+def plan(model: GPT, config: Config, tokenizer_sha256: str, statistics: Statistics | None, limit: int) -> Plan:
+    """Return what :func:`export` would store of ``model`` in ``limit`` bytes with ``config.quantize.fit`` "solve"."""
+    state, storage = _parts(model, config.quantize, statistics)
+    shape, length = exported(model.config), config.train.sequence_length
+
     def expect(quantized: Mapping[str, QuantizedTensor], quantize_config: QuantizeConfig) -> int:
         return expected_bytes(shape, quantized, tokenizer_sha256, quantize_config, length)
 
-    limit = config.budget.limit_bytes if limit is None else limit
-    if config.quantize.fit == "solve":
-        plan = solve(state, storage, config.quantize, statistics or {}, limit, expect)
-        return written(plan, write, limit)
-    return fit(state, storage, config.quantize, statistics, write, limit)
+    return solve(state, storage, config.quantize, statistics or {}, limit, expect)
 
 
 def quantize_model(
